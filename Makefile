@@ -1,0 +1,77 @@
+.DEFAULT_GOAL := help
+PYTHON := .venv/bin/python
+PYTEST := $(PYTHON) -m pytest
+# Two shared cores: one thread for each process is faster than several that wait for each other.
+export OMP_NUM_THREADS ?= 1
+SEED ?= 1
+
+.PHONY: help
+help: ## Show this help
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  \033[1m%-14s\033[0m %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: setup
+setup: ## Make .venv, install packages and etcd (does nothing when all is there)
+	@deploy/dev/setup.sh
+
+.PHONY: demo
+demo: setup ## A policy's whole life on real parts; writes demo/report.json (SEED=1)
+	$(PYTHON) -m demo --seed $(SEED)
+
+.PHONY: test
+test: setup ## All tests: unit, contract, integration, fault
+	$(PYTEST) tests/unit
+	$(PYTEST) tests/contract
+	$(PYTEST) tests/integration
+	$(PYTEST) tests/fault
+
+.PHONY: test-unit
+test-unit: setup ## The tests that need no server
+	$(PYTEST) tests/unit
+
+.PHONY: test-fault
+test-fault: setup ## The fault tests, long ones included
+	MINT_FAULT_LONG=1 $(PYTEST) tests/fault --timeout 1800
+
+.PHONY: check
+check: lint types protos-check test ## What CI runs: lint, types, protos, tests
+
+.PHONY: lint
+lint: setup ## ruff and import-linter
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m ruff check .
+	.venv/bin/lint-imports
+
+.PHONY: types
+types: setup ## mypy
+	$(PYTHON) -m mypy
+
+.PHONY: protos
+protos: setup ## Generate the Python stubs
+	$(PYTHON) protos/build.py generate
+
+.PHONY: protos-check
+protos-check: setup ## buf lint, breaking changes, and whether the committed stubs are fresh
+	$(PYTHON) protos/build.py lint
+	$(PYTHON) protos/build.py breaking $${MINT_BREAKING_AGAINST:-HEAD}
+	$(PYTHON) protos/build.py check
+
+.PHONY: format
+format: setup ## Format the code
+	$(PYTHON) -m ruff format .
+	$(PYTHON) -m ruff check --fix .
+
+.PHONY: up
+up: setup ## Start everything on free loopback ports
+	.venv/bin/mint up
+
+.PHONY: down
+down: setup ## Stop everything; data stays in .state
+	.venv/bin/mint down
+
+.PHONY: status
+status: setup ## Show what runs
+	.venv/bin/mint status
+
+.PHONY: clean
+clean: ## Remove caches and the state folder (asks nothing)
+	rm -rf .state .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
