@@ -1,0 +1,186 @@
+"""The story of the demo, told through the public client: nothing here that a user could not do."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from demo.report import PolicyStory, Report, Served
+from mint_api.v1 import common_pb2, inference_service_pb2, run_service_pb2
+from mint_client import Generation, MintClient
+from mint_core.errors import Internal
+
+__all__ = ["Plan", "Say", "live_one_life"]
+
+Say = Callable[[str], None]
+Flush = Callable[[], Awaitable[None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is trained, and how long."""
+
+    base_model: str
+    data: Path
+    seed: int
+    first_steps: int = 16
+    """Optimizer steps of revision 1: enough to show the behaviour, too few to master it."""
+    further_steps: int = 32
+    """Steps on top for revision 2."""
+    neighbour_steps: int = 24
+    learning_rate: float = 5e-4
+    batch_size: int = 8
+    max_new_tokens: int = 24
+    num_concurrent: int = 8
+    """Requests in flight where answers need not be compared bit for bit."""
+
+
+def read_examples(path: Path) -> tuple[list[str], list[str]]:
+    """Prompts and reference completions of a JSONL file."""
+    examples = [json.loads(line) for line in path.read_text().splitlines()]
+    return [example["prompt"] for example in examples], [example["completion"] for example in examples]
+
+
+async def live_one_life(client: MintClient, plan: Plan, say: Say, flush_prefix_cache: Flush) -> Report:
+    """Born, trained, exported, published, served, improved, rolled back."""
+    base = await client.base_models.get(plan.base_model)
+    stories = {}
+    for tenant, policy in (("acme", "triage"), ("globex", "dates")):
+        prompts, references = read_examples(plan.data / f"{policy}_heldout.jsonl")
+        lora = common_pb2.LoraConfig(rank=8, alpha=16, init_seed=plan.seed)
+        created = await client.policies.create(tenant, policy, base_model=plan.base_model, lora=lora)
+        stories[policy] = PolicyStory(created.name, prompts, references)
+        say(f"{created.name} created over {plan.base_model}")
+    main, other = stories["triage"], stories["dates"]
+    report = Report(plan.seed, plan.base_model, base.digest, base.size_bytes, main, other)
+    life = _Life(client, plan, say, report)
+
+    for story in (main, other):
+        await life.ask(story, "base", plan.base_model)
+    await life.train(main, "triage", plan.first_steps, continue_from_latest=False)
+    await life.train(other, "dates", plan.neighbour_steps, continue_from_latest=False)
+    await life.ask(other, "revision_1", f"{other.policy}/aliases/live")
+    await life.ask(main, "revision_1", f"{main.policy}/aliases/live", one_at_a_time=flush_prefix_cache)
+
+    await life.train(main, "triage", plan.further_steps, continue_from_latest=True, time_handoff=True)
+    await life.ask(main, "revision_2", f"{main.policy}/aliases/live")
+
+    start_s = time.perf_counter()
+    alias = await client.aliases.rollback(f"{main.policy}/aliases/live", reason="the demo's last act")
+    report.seconds["rollback"] = time.perf_counter() - start_s
+    say(f"{alias.name} rolled back to revision {alias.active.revision_number} ({alias.active.digest[:19]}…)")
+    await life.ask(main, "rolled_back", f"{main.policy}/aliases/live", one_at_a_time=flush_prefix_cache)
+    return report
+
+
+class _Life:
+    def __init__(self, client: MintClient, plan: Plan, say: Say, report: Report) -> None:
+        self._client = client
+        self._plan = plan
+        self._say = say
+        self._report = report
+
+    async def train(
+        self, story: PolicyStory, data: str, num_steps: int, *, continue_from_latest: bool, time_handoff: bool = False
+    ) -> None:
+        """One managed SFT run that publishes its result and promotes ``live`` to it."""
+        tenant = story.policy.split("/")[1]
+        train_data = await self._client.blobs.upload(tenant, self._plan.data / f"{data}_train.jsonl")
+        eval_data = await self._client.blobs.upload(tenant, self._plan.data / f"{data}_heldout.jsonl")
+        recipe = run_service_pb2.SftRecipe(
+            train_data=train_data,
+            eval_data=eval_data,
+            num_steps=num_steps,
+            batch_size=self._plan.batch_size,
+            optimizer=run_service_pb2.OptimizerConfig(learning_rate=self._plan.learning_rate),
+            seed=self._plan.seed + 1000 * continue_from_latest,
+            save_every_steps=num_steps,
+        )
+        queued = await self._client.runs.create(
+            tenant,
+            run_service_pb2.Run(
+                policy=story.policy,
+                sft=recipe,
+                continue_from_latest=continue_from_latest,
+                publish=True,
+                promote_alias="live",
+            ),
+        )
+        start_s = time.perf_counter()
+        shown_step = -1
+        run = queued
+        async for run in self._client.runs.watch(queued.name):
+            progress = run.progress
+            if progress.step >= shown_step + 8 or progress.step == num_steps != shown_step:
+                shown_step = progress.step
+                self._say(f"{story.policy}: step {progress.step}/{num_steps}, loss per token {progress.loss:.3f}")
+        if run.state != run_service_pb2.RUN_STATE_SUCCEEDED:
+            raise Internal(f"{run.name} ended as {run_service_pb2.RunState.Name(run.state)}: {run.error}")
+        first = await self._generate(f"{story.policy}/aliases/live", story.prompts[0])
+        first_token_at_s = time.time() - (first.total_s - first.first_token_s)
+        self._say(f"{run.published_revision} published and served, first answer {first.text!r}")
+        if first.revision != run.published_revision:
+            raise Internal(f"{run.published_revision} was promoted, but {first.revision} answered")
+        name = run.published_revision.rpartition("/")[2]
+        self._report.seconds[f"{data} revision {name}"] = time.perf_counter() - start_s
+        if time_handoff:
+            await self._note_handoff(run, first_token_at_s)
+
+    async def _note_handoff(self, run: run_service_pb2.Run, first_token_at_s: float) -> None:
+        """Times of the run's events share the machine's clock with this process: everything runs on loopback."""
+        at_s = {event.kind: event.time.ToNanoseconds() / 1e9 for event in run.events}
+        moments = [kind for kind in ("trained", "saved", "published", "promoted") if kind in at_s]
+        revision = await self._client.revisions.get(run.published_revision)
+        self._report.handoff_ms = (first_token_at_s - at_s["trained"]) * 1000
+        stops = [*(at_s[kind] for kind in moments), first_token_at_s]
+        for name, begin_s, end_s in zip([*moments[1:], "first_token"], stops, stops[1:], strict=False):
+            self._report.handoff_parts_ms[name] = (end_s - begin_s) * 1000
+        state = run.latest_training_state
+        self._report.blob_bytes = revision.blob.size_bytes
+        # trainer → store → exporter (weights), exporter → store → node (the packed blob)
+        self._report.bytes_moved = 2 * state.weights.size_bytes + 2 * revision.blob.size_bytes
+
+    async def ask(self, story: PolicyStory, version: str, model: str, *, one_at_a_time: Flush | None = None) -> None:
+        """Answer every held-out prompt greedily.
+
+        With ``one_at_a_time`` (which empties the prefix cache) each request has the engine and an empty cache to
+        itself, so that equal weights must give equal tokens: batching and cached prefixes change the order of additions.
+        """
+        start_s = time.perf_counter()
+        if one_at_a_time is None:
+            gate = asyncio.Semaphore(self._plan.num_concurrent)
+
+            async def ask_one(prompt: str) -> Generation:
+                async with gate:
+                    return await self._generate(model, prompt)
+
+            answers = await asyncio.gather(*(ask_one(prompt) for prompt in story.prompts))
+        else:
+            answers = []
+            for prompt in story.prompts:
+                await one_at_a_time()
+                answers.append(await self._generate(model, prompt))
+        named = {(answer.revision, answer.digest) for answer in answers}
+        if len(named) != 1:
+            raise Internal(f"{model} was answered by {len(named)} revisions while no alias moved: {sorted(named)}")
+        revision, digest = named.pop()
+        story.served[version] = Served(
+            version,
+            revision,
+            digest,
+            [answer.text for answer in answers],
+            [list(answer.token_ids) for answer in answers],
+        )
+        self._report.seconds[f"{story.policy} {version}"] = time.perf_counter() - start_s
+        self._say(
+            f"{story.policy}: {version} answered {len(answers)} held-out prompts, score {story.scores()[version]:.3f}"
+        )
+
+    async def _generate(self, model: str, prompt: str) -> Generation:
+        sampling = inference_service_pb2.SamplingParams(max_new_tokens=self._plan.max_new_tokens, temperature=0)
+        messages = [{"role": "user", "content": prompt}]
+        return await self._client.generate_text(model, messages, sampling=sampling, tenant="tenants/demo")

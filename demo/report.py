@@ -1,0 +1,169 @@
+"""What the demo claims, and whether it is true."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from demo.statistics import Interval, exact_match, paired_bootstrap
+
+__all__ = ["PolicyStory", "Report", "Served"]
+
+MIN_HELDOUT = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """The answers of one served version to the held-out prompts."""
+
+    version: str
+    """``base``, ``revision_1``, ``revision_2`` or ``rolled_back``."""
+    revision: str
+    """The revision that every answer's first message named; empty for the base."""
+    digest: str
+    answers: list[str]
+    token_ids: list[list[int]]
+
+
+@dataclass(slots=True)
+class PolicyStory:
+    """One policy's life: which versions were served, and what they answered."""
+
+    policy: str
+    prompts: list[str]
+    references: list[str]
+    served: dict[str, Served] = field(default_factory=dict)
+
+    def scores(self) -> dict[str, float]:
+        """Share of exact matches of each version."""
+        return {name: sum(one) / len(one) for name, one in self._matches().items()}
+
+    def gains(self) -> dict[str, Interval]:
+        """Difference between each version and the one before it."""
+        matches = self._matches()
+        order = [version for version in ("base", "revision_1", "revision_2") if version in matches]
+        return {
+            f"{after} - {before}": paired_bootstrap(matches[before], matches[after])
+            for before, after in itertools.pairwise(order)
+        }
+
+    def rollback_identical(self) -> bool:
+        """Whether the rolled-back answers are revision 1's, token for token."""
+        return self.served["rolled_back"].token_ids == self.served["revision_1"].token_ids
+
+    def _matches(self) -> dict[str, list[float]]:
+        return {name: exact_match(one.answers, self.references) for name, one in self.served.items()}
+
+
+@dataclass(slots=True)
+class Report:
+    """Everything that was measured."""
+
+    seed: int
+    base_model: str
+    base_digest: str
+    base_bytes: int
+    main: PolicyStory
+    """The policy that is trained twice and rolled back."""
+    other: PolicyStory
+    """Its neighbour on the same resident base, of another tenant."""
+    bytes_moved: int = 0
+    """Training state's weights and revision 2's blob, each way through the object store."""
+    blob_bytes: int = 0
+    handoff_ms: float = 0.0
+    """Last optimizer step of revision 2's run to the first token that revision 2 served."""
+    handoff_parts_ms: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def claims(self) -> dict[str, bool]:
+        """Each claim and whether it holds."""
+        gains = self.main.gains()
+        neighbours = {self.main.served["revision_1"].digest, self.other.served["revision_1"].digest}
+        return {
+            f"at least {MIN_HELDOUT} held-out prompts": len(self.main.prompts) >= MIN_HELDOUT,
+            "revision 1 beats the base": gains["revision_1 - base"].is_gain,
+            "revision 2 beats revision 1": gains["revision_2 - revision_1"].is_gain,
+            "the neighbour's revision 1 beats the base": self.other.gains()["revision_1 - base"].is_gain,
+            "two policies, two revisions, one base": len(neighbours) == 2,
+            "rolled back to revision 1's digest": self.main.served["rolled_back"].digest
+            == self.main.served["revision_1"].digest,
+            "rolled-back answers equal revision 1's token for token": self.main.rollback_identical(),
+            "less than a tenth of the base was moved": 0 < self.bytes_moved < self.base_bytes / 10,
+            "the new revision's first token was timed": self.handoff_ms > 0,
+        }
+
+    def as_dict(self) -> dict[str, Any]:
+        def story(one: PolicyStory) -> dict[str, Any]:
+            return {
+                "policy": one.policy,
+                "scores": one.scores(),
+                "gains": {
+                    name: {"mean": gain.mean, "low": gain.low, "high": gain.high} for name, gain in one.gains().items()
+                },
+                "digests": {name: served.digest for name, served in one.served.items()},
+                "num_heldout": len(one.prompts),
+            }
+
+        return {
+            "seed": self.seed,
+            "base_model": self.base_model,
+            "base_digest": self.base_digest,
+            "base_bytes": self.base_bytes,
+            "scores": self.main.scores(),
+            "rollback_identical": self.main.rollback_identical(),
+            "bytes_moved": self.bytes_moved,
+            "blob_bytes": self.blob_bytes,
+            "handoff_ms": self.handoff_ms,
+            "handoff_parts_ms": self.handoff_parts_ms,
+            "digests": {name: served.digest for name, served in self.main.served.items()},
+            "policies": [story(self.main), story(self.other)],
+            "seconds": self.seconds,
+            "claims": self.claims(),
+        }
+
+    def write(self, path: Path) -> None:
+        path.write_text(json.dumps(self.as_dict(), indent=2) + "\n")
+
+    def show(self, console: Console) -> None:
+        for story in (self.main, self.other):
+            _show_answers(console, story)
+            _show_scores(console, story)
+        console.print(
+            f"\nmoved [bold]{self.bytes_moved / 1e6:.1f} MB[/] from trainer to engine through the object store "
+            f"(the base has {self.base_bytes / 1e6:.0f} MB); last optimizer step → first token of the new revision: "
+            f"[bold]{self.handoff_ms:.0f} ms[/]"
+        )
+        for claim, holds in self.claims().items():
+            console.print(f"  [{'green]✓' if holds else 'red]✗'}[/] {claim}")
+
+
+def _show_answers(console: Console, story: PolicyStory, num_shown: int = 4) -> None:
+    table = Table(title=f"{story.policy}: held-out prompts", show_lines=True, expand=True)
+    table.add_column("prompt", ratio=3)
+    for version in story.served:
+        table.add_column(version.replace("_", " "), ratio=2)
+    for i in range(num_shown):
+        answers = [_short(served.answers[i]) for served in story.served.values()]
+        table.add_row(_short(story.prompts[i], 120), *answers)
+    console.print(table)
+
+
+def _show_scores(console: Console, story: PolicyStory) -> None:
+    shown = "   ".join(f"{name.replace('_', ' ')} [bold]{score:.3f}[/]" for name, score in story.scores().items())
+    console.print(f"{story.policy}: share of exact answers on {len(story.prompts)} held-out prompts: {shown}")
+    for name, gain in story.gains().items():
+        console.print(
+            f"  {name.replace('_', ' ')}: {gain.mean:+.3f}, 95% interval [{gain.low:+.3f}, {gain.high:+.3f}]",
+            markup=False,
+        )
+
+
+def _short(text: str, limit: int = 60) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -1,0 +1,47 @@
+"""The demo's own pieces: its statistics and its data."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from demo import make_data
+from demo.statistics import exact_match, paired_bootstrap
+
+
+def test_a_clear_gain_excludes_zero_and_noise_does_not() -> None:
+    assert paired_bootstrap([0.0] * 100, [1.0] * 40 + [0.0] * 60).is_gain
+    assert not paired_bootstrap([0.0, 1.0] * 50, [1.0, 0.0] * 50).is_gain
+    same = paired_bootstrap([1.0] * 10, [1.0] * 10)
+    assert (same.mean, same.low, same.high) == (0.0, 0.0, 0.0)
+
+
+def test_the_interval_agrees_with_the_normal_one() -> None:
+    interval = paired_bootstrap([0.0] * 400, [1.0] * 200 + [0.0] * 200)
+    margin = 1.96 * (0.25 / 400) ** 0.5
+    assert interval.low == pytest.approx(0.5 - margin, abs=0.006)
+    assert interval.high == pytest.approx(0.5 + margin, abs=0.006)
+
+
+def test_exact_match_forgives_white_space_only() -> None:
+    assert exact_match([" a\n", "A", "a b"], ["a", "a", "a  b"]) == [1.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("name", ["triage", "dates"])
+def test_held_out_prompts_are_disjoint_and_enough(name: str) -> None:
+    parts = {}
+    for part in ("train", "heldout"):
+        lines = (make_data.DATA / f"{name}_{part}.jsonl").read_text().splitlines()
+        parts[part] = {json.loads(line)["prompt"] for line in lines}
+        assert len(parts[part]) == len(lines)
+    assert not parts["train"] & parts["heldout"]
+    assert len(parts["heldout"]) >= 100
+
+
+def test_the_shipped_data_is_what_the_generator_makes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shipped = make_data.DATA
+    monkeypatch.setattr(make_data, "DATA", tmp_path)
+    make_data.make("triage", make_data.triage)
+    make_data.make("dates", make_data.dates)
+    for made in sorted(tmp_path.iterdir()):
+        assert made.read_text() == (shipped / made.name).read_text()
