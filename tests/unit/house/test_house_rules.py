@@ -47,8 +47,8 @@ def test_import_linter_contracts_hold() -> None:
 @pytest.mark.parametrize("service", ["catalog", "inference", "exporter", "loader", "runs"])
 def test_services_without_tensors_never_load_torch(service: str) -> None:
     code = (
-        f"import sys, pkgutil, importlib, mint_{service} as room\n"
-        "for module in pkgutil.walk_packages(room.__path__, room.__name__ + '.'): importlib.import_module(module.name)\n"
+        f"import sys, importlib, mint_{service} as room\nfrom pkgutil import walk_packages\n"
+        "for module in walk_packages(room.__path__, room.__name__ + '.'): importlib.import_module(module.name)\n"
         "heavy = {'torch', 'transformers', 'peft', 'sglang'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )

@@ -124,6 +124,7 @@ class Alias(_message.Message):
     POLICY_UID_FIELD_NUMBER: _builtins.int
     UPDATE_TIME_FIELD_NUMBER: _builtins.int
     ETAG_FIELD_NUMBER: _builtins.int
+    RESOLUTION_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """tenants/{tenant}/policies/{policy}/aliases/{alias}"""
     policy_uid: _builtins.str
@@ -146,6 +147,10 @@ class Alias(_message.Message):
     def update_time(self) -> _timestamp_pb2.Timestamp:
         """Output only."""
 
+    @_builtins.property
+    def resolution(self) -> Global___Resolution:
+        """Output only. What the active target resolves to, so that one read or one watch event is enough to generate."""
+
     def __init__(
         self,
         *,
@@ -156,10 +161,11 @@ class Alias(_message.Message):
         policy_uid: _builtins.str = ...,
         update_time: _timestamp_pb2.Timestamp | None = ...,
         etag: _builtins.str = ...,
+        resolution: Global___Resolution | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["active", b"active", "canary", b"canary", "update_time", b"update_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["active", b"active", "canary", b"canary", "resolution", b"resolution", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["active", b"active", "canary", b"canary", "etag", b"etag", "history", b"history", "name", b"name", "policy_uid", b"policy_uid", "update_time", b"update_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active", b"active", "canary", b"canary", "etag", b"etag", "history", b"history", "name", b"name", "policy_uid", b"policy_uid", "resolution", b"resolution", "update_time", b"update_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -106,6 +106,7 @@ class Revision(_message.Message):
     STATE_FIELD_NUMBER: _builtins.int
     PUBLISH_TIME_FIELD_NUMBER: _builtins.int
     ETAG_FIELD_NUMBER: _builtins.int
+    OBJECT_KEY_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """tenants/{tenant}/policies/{policy}/revisions/{number}"""
     number: _builtins.int
@@ -122,6 +123,8 @@ class Revision(_message.Message):
     """Life."""
     etag: _builtins.str
     """Output only."""
+    object_key: _builtins.str
+    """Output only. Object key of the verified blob."""
     @_builtins.property
     def blob(self) -> _common_pb2.BlobRef:
         """The adapter: one safetensors blob, named by its SHA-256. Never changes."""
@@ -153,10 +156,11 @@ class Revision(_message.Message):
         state: Global___RevisionState.ValueType = ...,
         publish_time: _timestamp_pb2.Timestamp | None = ...,
         etag: _builtins.str = ...,
+        object_key: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["blob", b"blob", "lineage", b"lineage", "lora", b"lora", "publish_time", b"publish_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_digest", b"base_digest", "blob", b"blob", "etag", b"etag", "layout", b"layout", "lineage", b"lineage", "lora", b"lora", "name", b"name", "num_tensors", b"num_tensors", "number", b"number", "policy_uid", b"policy_uid", "publish_time", b"publish_time", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_digest", b"base_digest", "blob", b"blob", "etag", b"etag", "layout", b"layout", "lineage", b"lineage", "lora", b"lora", "name", b"name", "num_tensors", b"num_tensors", "number", b"number", "object_key", b"object_key", "policy_uid", b"policy_uid", "publish_time", b"publish_time", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -395,7 +399,7 @@ class WatchRevisionsRequest(_message.Message):
     PARENT_FIELD_NUMBER: _builtins.int
     START_AFTER_CATALOG_REVISION_FIELD_NUMBER: _builtins.int
     parent: _builtins.str
-    """tenants/{tenant} or tenants/{tenant}/policies/{policy}"""
+    """tenants/-, tenants/{tenant} or tenants/{tenant}/policies/{policy}"""
     start_after_catalog_revision: _builtins.int
     """Events after this revision; 0 means from now."""
     def __init__(

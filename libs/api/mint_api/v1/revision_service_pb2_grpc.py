@@ -113,7 +113,8 @@ class RevisionServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def WatchRevisions(self, request, context):
-        """Streams publications and state changes after a catalog revision, over one policy or a whole tenant.
+        """Streams publications and state changes after a catalog revision, over one policy, one tenant, or ("tenants/-")
+        all.
 
         Errors:
         * OUT_OF_RANGE / REVISION_COMPACTED: the start revision is gone; list again.

@@ -64,7 +64,8 @@ class RevisionServiceStub:
     * FAILED_PRECONDITION / WRONG_STATE: not RETIRED, or still named.
     """
     WatchRevisions: _grpc.UnaryStreamMultiCallable[_revision_service_pb2.WatchRevisionsRequest, _revision_service_pb2.WatchRevisionsResponse]
-    """Streams publications and state changes after a catalog revision, over one policy or a whole tenant.
+    """Streams publications and state changes after a catalog revision, over one policy, one tenant, or ("tenants/-")
+    all.
 
     Errors:
     * OUT_OF_RANGE / REVISION_COMPACTED: the start revision is gone; list again.
@@ -106,7 +107,8 @@ class RevisionServiceAsyncStub(RevisionServiceStub):
     * FAILED_PRECONDITION / WRONG_STATE: not RETIRED, or still named.
     """
     WatchRevisions: _aio.UnaryStreamMultiCallable[_revision_service_pb2.WatchRevisionsRequest, _revision_service_pb2.WatchRevisionsResponse]  # type: ignore[assignment]
-    """Streams publications and state changes after a catalog revision, over one policy or a whole tenant.
+    """Streams publications and state changes after a catalog revision, over one policy, one tenant, or ("tenants/-")
+    all.
 
     Errors:
     * OUT_OF_RANGE / REVISION_COMPACTED: the start revision is gone; list again.
@@ -175,7 +177,8 @@ class RevisionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _revision_service_pb2.WatchRevisionsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_revision_service_pb2.WatchRevisionsResponse], _abc.AsyncIterator[_revision_service_pb2.WatchRevisionsResponse]]:
-        """Streams publications and state changes after a catalog revision, over one policy or a whole tenant.
+        """Streams publications and state changes after a catalog revision, over one policy, one tenant, or ("tenants/-")
+        all.
 
         Errors:
         * OUT_OF_RANGE / REVISION_COMPACTED: the start revision is gone; list again.

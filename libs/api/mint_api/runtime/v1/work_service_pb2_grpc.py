@@ -86,6 +86,7 @@ class WorkServiceServicer:
 
         Errors:
         * INVALID_ARGUMENT / INVALID_FIELD: bad resource, holder or ttl.
+        * NOT_FOUND / RESOURCE_NOT_FOUND: no such policy or run.
         * FAILED_PRECONDITION / LEASE_HELD: another holder has it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -124,7 +125,8 @@ class WorkServiceServicer:
 
     def ClaimRun(self, request, context):
         """Claims the next run that this worker can do, and its policy's lease in the same transaction. Waits until
-        there is one or the call's deadline is near; then answers without a run.
+        there is one or the call's deadline is near; then answers without a run. Each call claims another run: a
+        claim whose answer was lost goes back to the queue when its lease ends.
 
         Errors:
         * INVALID_ARGUMENT / INVALID_FIELD: bad holder or ttl.

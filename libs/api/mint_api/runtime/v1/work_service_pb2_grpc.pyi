@@ -38,6 +38,7 @@ class WorkServiceStub:
 
     Errors:
     * INVALID_ARGUMENT / INVALID_FIELD: bad resource, holder or ttl.
+    * NOT_FOUND / RESOURCE_NOT_FOUND: no such policy or run.
     * FAILED_PRECONDITION / LEASE_HELD: another holder has it.
     """
     RenewLease: _grpc.UnaryUnaryMultiCallable[_work_service_pb2.RenewLeaseRequest, _work_service_pb2.RenewLeaseResponse]
@@ -60,7 +61,8 @@ class WorkServiceStub:
     """
     ClaimRun: _grpc.UnaryUnaryMultiCallable[_work_service_pb2.ClaimRunRequest, _work_service_pb2.ClaimRunResponse]
     """Claims the next run that this worker can do, and its policy's lease in the same transaction. Waits until
-    there is one or the call's deadline is near; then answers without a run.
+    there is one or the call's deadline is near; then answers without a run. Each call claims another run: a
+    claim whose answer was lost goes back to the queue when its lease ends.
 
     Errors:
     * INVALID_ARGUMENT / INVALID_FIELD: bad holder or ttl.
@@ -97,6 +99,7 @@ class WorkServiceAsyncStub(WorkServiceStub):
 
     Errors:
     * INVALID_ARGUMENT / INVALID_FIELD: bad resource, holder or ttl.
+    * NOT_FOUND / RESOURCE_NOT_FOUND: no such policy or run.
     * FAILED_PRECONDITION / LEASE_HELD: another holder has it.
     """
     RenewLease: _aio.UnaryUnaryMultiCallable[_work_service_pb2.RenewLeaseRequest, _work_service_pb2.RenewLeaseResponse]  # type: ignore[assignment]
@@ -119,7 +122,8 @@ class WorkServiceAsyncStub(WorkServiceStub):
     """
     ClaimRun: _aio.UnaryUnaryMultiCallable[_work_service_pb2.ClaimRunRequest, _work_service_pb2.ClaimRunResponse]  # type: ignore[assignment]
     """Claims the next run that this worker can do, and its policy's lease in the same transaction. Waits until
-    there is one or the call's deadline is near; then answers without a run.
+    there is one or the call's deadline is near; then answers without a run. Each call claims another run: a
+    claim whose answer was lost goes back to the queue when its lease ends.
 
     Errors:
     * INVALID_ARGUMENT / INVALID_FIELD: bad holder or ttl.
@@ -159,6 +163,7 @@ class WorkServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Errors:
         * INVALID_ARGUMENT / INVALID_FIELD: bad resource, holder or ttl.
+        * NOT_FOUND / RESOURCE_NOT_FOUND: no such policy or run.
         * FAILED_PRECONDITION / LEASE_HELD: another holder has it.
         """
 
@@ -205,7 +210,8 @@ class WorkServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_work_service_pb2.ClaimRunResponse, _abc.Awaitable[_work_service_pb2.ClaimRunResponse]]:
         """Claims the next run that this worker can do, and its policy's lease in the same transaction. Waits until
-        there is one or the call's deadline is near; then answers without a run.
+        there is one or the call's deadline is near; then answers without a run. Each call claims another run: a
+        claim whose answer was lost goes back to the queue when its lease ends.
 
         Errors:
         * INVALID_ARGUMENT / INVALID_FIELD: bad holder or ttl.

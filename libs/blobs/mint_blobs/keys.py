@@ -1,0 +1,76 @@
+"""Where things lie in the bucket.
+
+::
+
+    tenants/{t}/blobs/{hex of digest}/{stage id}            adapter revisions, data sets, rollout batches
+    tenants/{t}/states/{policy}/{run}/{step:08d}-{fence}/   a training state, three objects:
+        weights.safetensors  optimizer.safetensors  state.json
+
+No key is shared between tenants: knowing a digest grants nothing. A blob's stage id is never reused, so a deletion
+that arrives late cannot hit a later upload of the same bytes. A state's key carries the fence of its writer, so two
+writers never share one.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from mint_blobs.digests import digest_hex
+from mint_core.errors import InvalidArgument
+from mint_core.names import PolicyName, check_digest, check_id
+
+__all__ = ["StateKeys", "blob_key", "blob_prefix", "check_key", "state_keys"]
+
+_SEGMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]*")
+_MAX_KEY_BYTES = 1024
+
+
+def check_key(key: str, *, field: str = "key") -> str:
+    """Return ``key`` if it is a relative path of plain segments, else raise :class:`InvalidArgument`."""
+    if len(key) > _MAX_KEY_BYTES or not all(
+        _SEGMENT.fullmatch(segment) and ".." not in segment for segment in key.split("/")
+    ):
+        raise InvalidArgument(
+            f"{field} is {key[:120]!r}: an object key is at most {_MAX_KEY_BYTES} bytes of segments of "
+            "A-Z, a-z, 0-9, '.', '_', ':', '-' joined by '/', none empty, none with '..'",
+            field=field,
+        )
+    return key
+
+
+def blob_prefix(tenant: str, digest: str | None = None) -> str:
+    """Prefix of all blobs of a tenant, or of all stages of one digest."""
+    prefix = f"tenants/{check_id(tenant, field='tenant')}/blobs/"
+    return prefix if digest is None else f"{prefix}{digest_hex(check_digest(digest, field='digest'))}/"
+
+
+def blob_key(tenant: str, digest: str, stage_id: str) -> str:
+    """Key of one staged copy of the blob ``digest``; ``stage_id`` is an id that was never used before."""
+    return blob_prefix(tenant, digest) + check_id(stage_id, field="stage_id")
+
+
+@dataclass(frozen=True, slots=True)
+class StateKeys:
+    """The three objects of one training state."""
+
+    weights: str
+    """LoRA tensors with PEFT names, the adapter configuration in the metadata; all the exporter reads."""
+
+    optimizer: str
+    """Optimizer moments and RNG states as tensors."""
+
+    state: str
+    """Step, schedule and data position as JSON."""
+
+
+def state_keys(policy: PolicyName, run: str, step: int, fence: int) -> StateKeys:
+    """Keys of the training state that the holder of ``fence`` saved after ``step`` steps of ``run``."""
+    if step < 0 or fence < 0:
+        raise InvalidArgument(f"step is {step} and fence is {fence}: neither may be negative", field="step")
+    folder = f"tenants/{policy.tenant}/states/{policy.policy}/{check_id(run, field='run')}/{step:08d}-{fence}"
+    return StateKeys(
+        weights=f"{folder}/weights.safetensors",
+        optimizer=f"{folder}/optimizer.safetensors",
+        state=f"{folder}/state.json",
+    )

@@ -1,0 +1,140 @@
+"""`mint policy`: policies of a tenant."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated, Any
+
+import typer
+
+from mint_api.v1 import alias_service_pb2, common_pb2, policy_service_pb2
+from mint_cli.endpoints import find_endpoints, state_dir
+from mint_cli.options import CatalogOption, JsonOption, StateDirOption
+from mint_cli.output import print_json, print_pairs, print_table, to_plain
+from mint_cli.references import policy_name, short, tenant_id
+from mint_client import MintClient
+from mint_core.errors import FailedPrecondition, InvalidArgument
+
+__all__ = ["app"]
+
+app = typer.Typer(no_args_is_help=True, help="Policies: named behaviours over a base model.")
+
+
+@app.command()
+def create(
+    policy: Annotated[str, typer.Argument(help="tenant/policy")],
+    base_model: Annotated[str, typer.Option(help="baseModels/NAME.", show_default="the one of `mint up`")] = "",
+    rank: Annotated[int, typer.Option(min=1, max=512, help="Rank of the adapter.")] = 16,
+    alpha: Annotated[float, typer.Option(min=0, help="Scaling; 0 means twice the rank.")] = 0.0,
+    target_module: Annotated[
+        list[str] | None,
+        typer.Option(help="Linear module that gets an adapter; repeat it.", show_default="the trainer's set"),
+    ] = None,
+    init_seed: Annotated[int, typer.Option(min=0, help="Seed of the initial weights.")] = 0,
+    label: Annotated[list[str] | None, typer.Option(help="KEY=VALUE; repeat it.")] = None,
+    owner: Annotated[str, typer.Option(help="Who answers for it.")] = "",
+    description: Annotated[str, typer.Option(help="One line for people.")] = "",
+    catalog: CatalogOption = "",
+    state_path: StateDirOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Create a policy."""
+    name = policy_name(policy)
+    state = state_dir(state_path)
+    endpoints = find_endpoints(state, catalog=catalog, needed=("catalog",))
+    if not base_model:
+        snapshot = state.snapshot()
+        base_model = "" if snapshot is None else snapshot.base_model
+        if not base_model:
+            raise FailedPrecondition("the base model is not known: give --base-model baseModels/NAME")
+    lora = common_pb2.LoraConfig(rank=rank, alpha=alpha, target_modules=target_module or [], init_seed=init_seed)
+    labels = dict(_label(text) for text in label or [])
+
+    async def call() -> policy_service_pb2.Policy:
+        async with MintClient(endpoints) as client:
+            return await client.policies.create(
+                name.tenant,
+                name.policy,
+                base_model=base_model,
+                lora=lora,
+                labels=labels,
+                owner=owner,
+                description=description,
+            )
+
+    created = asyncio.run(call())
+    if json_output:
+        print_json(to_plain(created))
+    else:
+        print(f"created {short(created.name)}")
+
+
+@app.command(name="list")
+def list_(
+    tenant: Annotated[str, typer.Argument(help="The tenant.")],
+    catalog: CatalogOption = "",
+    state_path: StateDirOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """List a tenant's policies."""
+    tenant = tenant_id(tenant)
+    endpoints = find_endpoints(state_dir(state_path), catalog=catalog, needed=("catalog",))
+
+    async def call() -> list[policy_service_pb2.Policy]:
+        async with MintClient(endpoints) as client:
+            return [policy async for policy in client.policies.list(tenant)]
+
+    policies = asyncio.run(call())
+    if json_output:
+        print_json({"policies": [to_plain(policy) for policy in policies]})
+        return
+    rows = [
+        [short(p.name), p.base_model, p.lora.rank, max(0, p.next_revision_number - 1), p.description] for p in policies
+    ]
+    print_table(["POLICY", "BASE MODEL", "RANK", "REVISIONS", "DESCRIPTION"], rows)
+
+
+@app.command()
+def describe(
+    policy: Annotated[str, typer.Argument(help="tenant/policy")],
+    catalog: CatalogOption = "",
+    state_path: StateDirOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Show a policy and its aliases."""
+    name = str(policy_name(policy))
+    endpoints = find_endpoints(state_dir(state_path), catalog=catalog, needed=("catalog",))
+
+    async def call() -> tuple[policy_service_pb2.Policy, list[alias_service_pb2.Alias]]:
+        async with MintClient(endpoints) as client:
+            return await client.policies.get(name), await client.aliases.list(name)
+
+    found, aliases = asyncio.run(call())
+    plain: dict[str, Any] = to_plain(found)
+    if json_output:
+        print_json({"policy": plain, "aliases": [to_plain(alias) for alias in aliases]})
+        return
+    lora = found.lora
+    print_pairs(
+        [
+            ("policy", short(found.name)),
+            ("state", plain["state"]),
+            ("base model", found.base_model),
+            ("rank", lora.rank),
+            ("alpha", lora.alpha),
+            ("target modules", ", ".join(lora.target_modules) or "the trainer's set"),
+            ("labels", ", ".join(f"{key}={value}" for key, value in sorted(found.labels.items()))),
+            ("owner", found.owner),
+            ("description", found.description),
+            ("trained steps", found.latest_training_state.step),
+            ("revisions", max(0, found.next_revision_number - 1)),
+            *((f"@{alias.name.rpartition('/')[2]}", f"revision {alias.active.revision_number}") for alias in aliases),
+        ]
+    )
+
+
+def _label(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise InvalidArgument(f"label is {text!r}: expected KEY=VALUE", field="label")
+    return key, value

@@ -1,0 +1,63 @@
+"""`mint revision`: what a policy has published."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated
+
+import typer
+
+from mint_api.v1 import revision_service_pb2
+from mint_cli.endpoints import find_endpoints, state_dir
+from mint_cli.options import CatalogOption, JsonOption, StateDirOption
+from mint_cli.output import print_json, print_table, to_plain
+from mint_cli.references import policy_name
+from mint_client import MintClient
+
+__all__ = ["app"]
+
+app = typer.Typer(no_args_is_help=True, help="Revisions: immutable exports of a policy.")
+
+
+@app.callback()
+def _group() -> None:
+    """Revisions: immutable exports of a policy."""
+
+
+@app.command(name="list")
+def list_(
+    policy: Annotated[str, typer.Argument(help="tenant/policy")],
+    catalog: CatalogOption = "",
+    state_path: StateDirOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """List a policy's revisions, oldest first, with the aliases that point at them."""
+    name = str(policy_name(policy))
+    endpoints = find_endpoints(state_dir(state_path), catalog=catalog, needed=("catalog",))
+
+    async def call() -> tuple[list[revision_service_pb2.Revision], dict[int, list[str]]]:
+        async with MintClient(endpoints) as client:
+            revisions = [revision async for revision in client.revisions.list(name)]
+            aliases: dict[int, list[str]] = {}
+            for alias in await client.aliases.list(name):
+                aliases.setdefault(alias.active.revision_number, []).append(alias.name.rpartition("/")[2])
+            return revisions, aliases
+
+    revisions, aliases = asyncio.run(call())
+    plain = [to_plain(revision) | {"aliases": aliases.get(revision.number, [])} for revision in revisions]
+    if json_output:
+        print_json({"revisions": plain})
+        return
+    rows = [
+        [
+            revision.number,
+            document["state"],
+            ", ".join(document["aliases"]),
+            revision.lineage.step,
+            revision.lineage.run.rpartition("/")[2],
+            revision.blob.size_bytes,
+            revision.blob.digest,
+        ]
+        for revision, document in zip(revisions, plain, strict=True)
+    ]
+    print_table(["NUMBER", "STATE", "ALIASES", "STEP", "RUN", "BYTES", "DIGEST"], rows)

@@ -1,0 +1,193 @@
+"""A strict reader of safetensors headers, the part of a file that is checked before anything is believed.
+
+The format: eight bytes little-endian length, that many bytes of JSON, then the tensors' bytes. Strict means: known
+element types only, every range exactly as long as its shape says, ranges that cover the data without gap or overlap, no
+name twice, and a file that ends where the last range ends. No tensor byte is read.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, BinaryIO, NoReturn
+
+from mint_core.errors import InvalidArgument
+from mint_lora.dtypes import DTYPES
+
+__all__ = ["MAX_HEADER_BYTES", "MAX_TENSORS", "Header", "TensorInfo", "read_header"]
+
+MAX_HEADER_BYTES = 32 * 1024 * 1024
+"""Longest header believed; 48 layers of 128 experts, each with its own tensors, take about 6 MB."""
+
+MAX_TENSORS = 250_000
+"""Most tensors in one file."""
+
+_MAX_DIMS = 8
+_MAX_NAME_CHARS = 512
+_METADATA = "__metadata__"
+_FOREIGN = (
+    (b"PK\x03\x04", "a zip archive, as torch.save writes it with pickled objects inside"),
+    (b"GGUF", "a GGUF file"),
+    (b"\x89HDF", "an HDF5 file"),
+    (b"\x93NUMPY", "a numpy file"),
+    (b"\x1f\x8b", "a gzip file"),
+    (b"version https://git-lfs", "a git-lfs pointer; fetch the file itself"),
+    (b"<", "a web page or XML document"),
+    (b"{", "a JSON document"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor as the header tells it, checked."""
+
+    name: str
+    dtype: str
+    """Safetensors name of the element type, e.g. ``BF16``."""
+    shape: tuple[int, ...]
+    begin: int
+    """First byte, counted from the beginning of the file."""
+    end: int
+    """One after the last byte."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Length of the tensor's bytes."""
+        return self.end - self.begin
+
+    @property
+    def num_elements(self) -> int:
+        """Product of the shape."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """A checked header."""
+
+    tensors: Mapping[str, TensorInfo]
+    """By name, in the order of their bytes."""
+    metadata: Mapping[str, str]
+    """The ``__metadata__`` strings; empty if there are none."""
+    size_bytes: int
+    """Length of the whole file."""
+
+
+def read_header(path: Path, *, max_header_bytes: int = MAX_HEADER_BYTES, max_tensors: int = MAX_TENSORS) -> Header:
+    """Read and check the header of ``path``.
+
+    Raises :class:`InvalidArgument` that names the file and the first defect found; a pickle or another known format is
+    refused by its name.
+    """
+    try:
+        with path.open("rb") as file:
+            return _read(file, path.name, max_header_bytes, max_tensors)
+    except OSError as error:
+        raise InvalidArgument(f"cannot read {path.name}: {error.strerror}", field="path") from error
+
+
+def _read(file: BinaryIO, name: str, max_header_bytes: int, max_tensors: int) -> Header:
+    size_bytes = os.fstat(file.fileno()).st_size
+    start = file.read(32)
+    if len(start) < 8:
+        _refuse_by_kind(name, start, f"it has {size_bytes} bytes, a safetensors file has at least 8")
+    (header_bytes,) = struct.unpack("<Q", start[:8])
+    if header_bytes < 2 or header_bytes > size_bytes - 8 or start[8:9] != b"{":
+        defect = f"its first bytes announce a header of {header_bytes} bytes in a file of {size_bytes}"
+        _refuse_by_kind(name, start, defect)
+    if header_bytes > max_header_bytes:
+        _refuse(name, f"its header has {header_bytes} bytes, allowed are {max_header_bytes}")
+    file.seek(8)
+    document = _parse(name, file.read(header_bytes))
+    metadata = _metadata(name, document.pop(_METADATA, {}))
+    if len(document) > max_tensors:
+        _refuse(name, f"it has {len(document)} tensors, allowed are {max_tensors}")
+    data_begin = 8 + header_bytes
+    tensors = sorted(
+        (_tensor(name, key, value, data_begin) for key, value in document.items()),
+        key=lambda each: (each.begin, each.end),
+    )
+    at = data_begin
+    for tensor in tensors:
+        if tensor.begin != at:
+            defect = "overlaps the tensor before it" if tensor.begin < at else "leaves a gap before it"
+            _refuse(name, f"tensor {tensor.name!r} {defect}: it begins at {tensor.begin}, expected {at}")
+        at = tensor.end
+    if at != size_bytes:
+        defect = "is cut off" if at > size_bytes else "has bytes after its last tensor"
+        _refuse(name, f"it {defect}: {size_bytes} bytes, its header describes {at}")
+    return Header(MappingProxyType({each.name: each for each in tensors}), MappingProxyType(metadata), size_bytes)
+
+
+def _refuse(file_name: str, defect: str) -> NoReturn:
+    raise InvalidArgument(f"{file_name} is not a valid safetensors file: {defect}", field="weights")
+
+
+def _refuse_by_kind(name: str, start: bytes, defect: str) -> NoReturn:
+    # Looked at only after the length made no sense: a good length of 640 begins like a pickle of protocol 2.
+    if start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
+        _refuse(name, "it is a Python pickle, which MinT never opens; save the adapter as safetensors")
+    for magic, kind in _FOREIGN:
+        if start.startswith(magic):
+            _refuse(name, f"it is {kind}; MinT takes safetensors only")
+    _refuse(name, defect)
+
+
+def _parse(name: str, text: bytes) -> dict[str, Any]:
+    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in found:
+                _refuse(name, f"its header has the key {key[:80]!r} twice")
+            found[key] = value
+        return found
+
+    def no_constant(constant: str) -> NoReturn:
+        raise ValueError(f"{constant} is not JSON")
+
+    try:
+        document = json.loads(text.decode("utf-8"), object_pairs_hook=no_duplicates, parse_constant=no_constant)
+    except InvalidArgument:
+        raise
+    except (ValueError, RecursionError) as error:
+        _refuse(name, f"its header is not JSON: {str(error)[:200]}")
+    if not isinstance(document, dict):
+        _refuse(name, f"its header is a JSON {type(document).__name__}, expected an object")
+    return document
+
+
+def _metadata(name: str, value: Any) -> dict[str, str]:
+    if not isinstance(value, dict) or not all(isinstance(each, str) for each in value.values()):
+        _refuse(name, "its __metadata__ is not an object of strings")
+    return value
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 1 << 63
+
+
+def _tensor(file_name: str, name: str, value: Any, data_begin: int) -> TensorInfo:
+    if not 0 < len(name) <= _MAX_NAME_CHARS or not name.isprintable():
+        _refuse(
+            file_name, f"tensor name {name[:80]!r} is empty, unprintable or longer than {_MAX_NAME_CHARS} characters"
+        )
+    if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
+        _refuse(file_name, f"tensor {name!r} needs exactly dtype, shape and data_offsets")
+    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        _refuse(file_name, f"tensor {name!r} has dtype {str(dtype)[:40]!r}, known are {', '.join(DTYPES)}")
+    if not isinstance(shape, list) or len(shape) > _MAX_DIMS or not all(map(_is_count, shape)):
+        _refuse(file_name, f"tensor {name!r} has shape {str(shape)[:80]}: expected at most {_MAX_DIMS} counts")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
+        _refuse(file_name, f"tensor {name!r} has data_offsets {str(offsets)[:80]}: expected two counts")
+    begin, end = offsets
+    needed = math.prod(shape) * DTYPES[dtype].size_bytes
+    if end - begin != needed:
+        _refuse(file_name, f"tensor {name!r} has {end - begin} bytes, its shape {shape} of {dtype} needs {needed}")
+    return TensorInfo(name, dtype, tuple(shape), data_begin + begin, data_begin + end)

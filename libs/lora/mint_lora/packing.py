@@ -1,0 +1,118 @@
+"""From what the trainer saves to the blob that is served, and back. Equal adapters give equal bytes in every
+process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from mint_core.errors import InvalidArgument, ResourceExhausted
+from mint_lora.config import LAYOUT_PACKED, AdapterConfig
+from mint_lora.dtypes import DTYPES, from_float32, to_float32
+from mint_lora.header import TensorInfo, read_header
+from mint_lora.layouts import LoraName, PackedTensor, layout_named
+from mint_lora.tensors import Array, TensorFile, TensorSource, write_safetensors
+from mint_lora.validation import check_modules
+
+__all__ = ["PackedAdapter", "pack", "unpack"]
+
+
+@dataclass(frozen=True, slots=True)
+class PackedAdapter:
+    """A packed blob on disk."""
+
+    path: Path
+    digest: str
+    """``sha256:<hex>`` of the blob: the identity of the revision."""
+    size_bytes: int
+    num_tensors: int
+    config: AdapterConfig
+    """As in the blob; rank and alpha are those that serve, patterns are resolved."""
+    manifest: tuple[TensorInfo, ...]
+    """The blob's tensors in the order of their bytes."""
+
+
+def pack(
+    source: Path, target: Path, config: AdapterConfig | None = None, *, max_size_bytes: int | None = None
+) -> PackedAdapter:
+    """Write the adapter in ``source`` to ``target`` in serving layout.
+
+    ``config`` is for a file without ``mint.adapter`` metadata (an imported one). Routed experts are stacked. Engines
+    know one rank and one scaling per adapter, so modules of lower rank get zero rows in A and zero columns in B, and
+    where a module's scaling differs from ``config.scaling`` the ratio goes into its B, computed in float32 (exact for
+    powers of two, else one rounding of the adapter's type). Tensors are streamed.
+
+    Raises :class:`InvalidArgument` naming the tensor or field that is wrong, also for infinities and NaN, and
+    :class:`ResourceExhausted` before anything is written if the tensors would have more than ``max_size_bytes``.
+    """
+    with TensorFile(source) as file:
+        if config is None:
+            config = AdapterConfig.from_metadata(file.header.metadata, file_name=source.name)
+        packed = layout_named(config.layout).to_packed(file)
+        check_modules(packed, config)
+        file.check_finite()
+        target_config = _uniform(config).with_layout(LAYOUT_PACKED)
+        tensors = {str(name): _fitted(name, each, config, target_config) for name, each in packed.items()}
+        size_bytes = sum(each.size_bytes for each in tensors.values())
+        if max_size_bytes is not None and size_bytes > max_size_bytes:
+            raise ResourceExhausted(
+                f"the adapter would have {size_bytes} bytes with rank {target_config.rank} for all its modules, "
+                f"allowed are {max_size_bytes}"
+            )
+        written = write_safetensors(target, tensors, target_config.to_metadata())
+    manifest = tuple(read_header(target).tensors.values())
+    return PackedAdapter(target, written.digest, written.size_bytes, written.num_tensors, target_config, manifest)
+
+
+def unpack(source: Path, target: Path, layout: str) -> AdapterConfig:
+    """Write the packed adapter in ``source`` to ``target`` in another layout; returns its configuration."""
+    with TensorFile(source) as file:
+        config = AdapterConfig.from_metadata(file.header.metadata, file_name=source.name)
+        if config.layout != LAYOUT_PACKED:
+            raise InvalidArgument(
+                f"{source.name} has layout {config.layout!r}, expected {LAYOUT_PACKED!r}", field="layout"
+            )
+        check_modules(layout_named(LAYOUT_PACKED).to_packed(file), config)
+        tensors = {str(name): each for name, each in layout_named(layout).from_packed(file).items()}
+        config = config.with_layout(layout)
+        write_safetensors(target, tensors, config.to_metadata())
+    return config
+
+
+def _uniform(config: AdapterConfig) -> AdapterConfig:
+    """One rank and one scaling: the highest rank, and the scaling that modules without a pattern have."""
+    if config.is_uniform:
+        return config
+    rank = max(config.rank, *config.rank_pattern.values()) if config.rank_pattern else config.rank
+    return replace(config, rank=rank, alpha=config.scaling * rank, use_rslora=False, rank_pattern={}, alpha_pattern={})
+
+
+def _fitted(name: LoraName, tensor: PackedTensor, old: AdapterConfig, new: AdapterConfig) -> TensorSource:
+    """The tensor with the rank and scaling of ``new``."""
+    source = tensor.source
+    scalings = {old.scaling_of(module) for module in tensor.modules}
+    if len(scalings) > 1:
+        raise InvalidArgument(
+            f"the experts of {name.module} have different scalings {sorted(scalings)}: engines know one for all",
+            field="alpha_pattern",
+        )
+    factor = scalings.pop() / new.scaling if name.side == "B" and not old.is_uniform else 1.0
+    axis = len(source.shape) - (2 if name.side == "A" else 1)
+    if source.shape[axis] == new.rank and factor == 1.0:
+        return source
+    shape = tuple(new.rank if each == axis else size for each, size in enumerate(source.shape))
+
+    def read() -> Iterator[Array]:
+        flat = np.concatenate([each.reshape(-1) for each in source.read()]).reshape(source.shape)
+        fitted = np.zeros(shape, dtype=DTYPES[source.dtype].view)
+        kept = tuple(slice(0, size) for size in source.shape)
+        if factor == 1.0:
+            fitted[kept] = flat
+        else:
+            fitted[kept] = from_float32(to_float32(flat, source.dtype) * np.float32(factor), source.dtype)
+        return iter((fitted,))
+
+    return TensorSource(source.dtype, shape, read)

@@ -1,0 +1,148 @@
+"""Leases: who may write to a policy or run now, and the fence that proves it.
+
+A lease is a key under an etcd lease; its value names the holder, its create-revision is the fence token. A lease
+alone is no mutual exclusion, since a holder may sleep through its end: the token is compared inside every write.
+"""
+
+from __future__ import annotations
+
+from mint_catalog.checks import check_holder, live_policy, not_found
+from mint_catalog.draft import Draft
+from mint_catalog.paging import list_all
+from mint_catalog.records import Fence, Holder
+from mint_catalog.store import Compare, Delete, Field, KeyValue, LeaseGone, Put, Store
+from mint_catalog.tables import Ref, Tables
+from mint_core.errors import Aborted, InvalidArgument, LeaseHeld, LeaseLost
+from mint_core.names import PolicyName, ResourceName, RunName, TenantName
+
+__all__ = ["DEFAULT_TTL_S", "Leases", "lease_held", "lease_lost", "parse_resource", "require_fence"]
+
+DEFAULT_TTL_S = 30
+_MAX_ATTEMPTS = 10
+
+
+def parse_resource(resource: str, *, field: str = "resource") -> PolicyName | RunName:
+    """The policy or run that a lease guards. Raises ``InvalidArgument``."""
+    if "/runs/" in resource:
+        return RunName.parse(resource, field=field)
+    return PolicyName.parse(resource, field=field)
+
+
+def lease_lost(resource: ResourceName, token: int) -> LeaseLost:
+    """The error for a fence that is not the present one."""
+    return LeaseLost(
+        f"the lease on {resource} with fence {token} has ended or was superseded: stop writing, acquire it again and "
+        "reload the current state",
+        metadata={"resource": str(resource), "fence": str(token)},
+    )
+
+
+def lease_held(resource: ResourceName) -> LeaseHeld:
+    """The error for a lease that somebody else holds."""
+    return LeaseHeld(
+        f"{resource} is leased by another holder; wait until it is released or its time to live has passed",
+        metadata={"resource": str(resource)},
+    )
+
+
+def require_fence(draft: Draft, lease_ref: Ref[Holder], resource: PolicyName, fence: Fence) -> None:
+    """Let the draft commit only under this fence; raises ``LeaseLost`` when it is superseded already.
+
+    The lease must have been fetched. Renewals do not matter: only the key's create-revision is compared.
+    """
+    if fence.resource != str(resource):
+        raise InvalidArgument(
+            f"fence.resource is {fence.resource[:120]!r}: expected the fence of {resource}", field="fence.resource"
+        )
+    if fence.token <= 0 or draft.create_revision(lease_ref) != fence.token:
+        raise lease_lost(resource, fence.token)
+    draft.require_created(lease_ref, fence.token)
+
+
+class Leases:
+    """Acquire, renew, release and list leases."""
+
+    def __init__(self, store: Store, tables: Tables) -> None:
+        self._store = store
+        self._tables = tables
+
+    async def acquire(self, resource: PolicyName | RunName, holder: str, ttl_s: int) -> Holder:
+        """Acquire a lease. The same holder again gets the same fence, renewed; its first time to live stays.
+
+        Raises ``InvalidArgument``, ``NotFound``, ``LeaseHeld``.
+        """
+        check_holder(holder)
+        ref = self._tables.lease(resource)
+        guarded = self._tables.policy(resource) if isinstance(resource, PolicyName) else self._tables.run(resource)
+        for _ in range(_MAX_ATTEMPTS):
+            guarded_kv, kv = (await self._store.get([guarded.key, ref.key])).values
+            if guarded_kv is None:
+                raise not_found(resource)
+            if isinstance(resource, PolicyName):
+                live_policy(self._tables.codecs.policy.decode(guarded_kv), resource)
+            if kv is not None:
+                held = ref.codec.decode(kv)
+                if held.holder != holder:
+                    raise lease_held(resource)
+                if await self._store.keep_alive(held.lease):
+                    return held
+                continue
+            acquired = await self._put_new(ref, Compare(guarded.key, Field.MOD, guarded_kv.mod_revision), holder, ttl_s)
+            if acquired is not None:
+                return acquired
+        raise Aborted(f"{resource} changed {_MAX_ATTEMPTS} times while its lease was acquired; retry")
+
+    async def _put_new(self, ref: Ref[Holder], guard: Compare, holder: str, ttl_s: int) -> Holder | None:
+        lease = await self._store.grant(ttl_s)
+        applied = False
+        try:
+            record = Holder(holder, ttl_s, lease=lease)
+            put = Put(ref.key, ref.codec.encode(record), lease)
+            result = await self._store.txn([guard, Compare(ref.key, Field.CREATE, 0)], [put])
+            applied = result.succeeded
+        except LeaseGone:
+            return None
+        finally:
+            if not applied:
+                await self._store.revoke(lease)
+        return Holder(holder, ttl_s, result.revision, lease) if applied else None
+
+    async def renew(self, resource: PolicyName | RunName, token: int) -> Holder:
+        """Renew a lease for another time to live. Raises ``LeaseLost``."""
+        ref = self._tables.lease(resource)
+        kv = (await self._store.get([ref.key])).values[0]
+        if kv is None or kv.create_revision != token:
+            raise lease_lost(resource, token)
+        held = ref.codec.decode(kv)
+        if not await self._store.keep_alive(held.lease):
+            raise lease_lost(resource, token)
+        return held
+
+    async def release(self, resource: PolicyName | RunName, token: int) -> None:
+        """Give a lease back; one that is lost already is a no-op."""
+        ref = self._tables.lease(resource)
+        kv = (await self._store.get([ref.key])).values[0]
+        if kv is None or kv.create_revision != token:
+            return
+        result = await self._store.txn([Compare(ref.key, Field.CREATE, token)], [Delete(ref.key)])
+        if result.succeeded:
+            await self._store.revoke(kv.lease)
+
+    async def list(self, tenant: TenantName) -> list[tuple[PolicyName | RunName, Holder]]:
+        """The leases of a tenant that live now."""
+        prefix = self._tables.keys.family("leases", tenant.tenant)
+        leases, _ = await list_all(self._store, prefix, _Keyed(self._tables))
+        return leases
+
+
+class _Keyed:
+    """Decodes a lease together with the resource that its key names."""
+
+    def __init__(self, tables: Tables) -> None:
+        self._tables = tables
+
+    def encode(self, record: tuple[PolicyName | RunName, Holder]) -> bytes:
+        return self._tables.codecs.holder.encode(record[1])
+
+    def decode(self, kv: KeyValue) -> tuple[PolicyName | RunName, Holder]:
+        return self._tables.keys.lease_resource(kv.key), self._tables.codecs.holder.decode(kv)

@@ -1,0 +1,183 @@
+"""Training runs as users see them: queue one, read, list, cancel."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Final
+
+from mint_catalog.blobs import verified_blob
+from mint_catalog.checks import check_active, check_range, check_text, live_policy, not_found
+from mint_catalog.draft import Answer, Draft, Transactions, Written
+from mint_catalog.paging import Page, list_page
+from mint_catalog.recipes import check_recipe, data_blobs, num_steps, with_blobs
+from mint_catalog.records import BlobRef, Policy, now
+from mint_catalog.requests import Request
+from mint_catalog.revisions import own_revision
+from mint_catalog.run_records import Run, RunEvent, RunProgress, RunState
+from mint_catalog.store import Store
+from mint_catalog.tables import Tables
+from mint_core.errors import AlreadyExists, InvalidArgument, WrongState
+from mint_core.names import BaseModelName, BlobName, PolicyName, RevisionName, RunName, TenantName, check_id
+
+__all__ = ["Runs", "ended", "queue_key", "with_events"]
+
+_MAX_EVENTS: Final = 64
+_MAX_PRIORITY: Final = 1_000_000
+
+
+def with_events(run: Run, *events: RunEvent) -> Run:
+    """The run with events appended; the newest 64 are kept."""
+    return replace(run, events=(*run.events, *events)[-_MAX_EVENTS:])
+
+
+def ended(run: Run, state: RunState, *, kind: str, message: str, error: str = "") -> Run:
+    """The run in a last state."""
+    time = now()
+    return with_events(replace(run, state=state, error=error, end_time=time), RunEvent(time, kind, message))
+
+
+def queue_key(tables: Tables, base_model: str, run: Run) -> bytes:
+    """Where the run waits; the same place each time it goes back."""
+    created = run.create_time.timestamp() if run.create_time else 0.0
+    name = BaseModelName.parse(base_model)
+    return tables.keys.queued(name, run.name, priority=run.priority, create_time_us=round(created * 1e6))
+
+
+class Runs:
+    """Create, read, list and cancel runs."""
+
+    def __init__(self, store: Store, tables: Tables) -> None:
+        self._store = store
+        self._tables = tables
+        self._transactions = Transactions(store, tables.keys)
+
+    async def create(
+        self, tenant: TenantName, run_id: str, wanted: Run, request: Request | None = None
+    ) -> Written[Run]:
+        """Queue a run; an empty ``run_id`` lets the catalog choose. ``wanted.name`` is ignored.
+
+        Raises ``InvalidArgument``, ``NotFound``, ``AlreadyExists``, ``BlobMissing``, ``WrongState`` (policy not
+        ACTIVE), ``RequestIdReused``.
+        """
+        policy = PolicyName.parse(wanted.policy, field="run.policy")
+        if policy.tenant != tenant.tenant:
+            raise InvalidArgument(f"run.policy is {policy}: it must belong to parent, {tenant}", field="run.policy")
+        check_recipe(wanted, policy)
+        check_range(wanted.priority, field="run.priority", least=-_MAX_PRIORITY, most=_MAX_PRIORITY)
+        if run_id:
+            check_id(run_id, field="run_id")
+        blobs = {blob.digest: BlobName(tenant.tenant, blob.digest) for blob in data_blobs(wanted).values()}
+        refs = {digest: self._tables.blob(name) for digest, name in blobs.items()}
+        head_ref = self._tables.policy(policy)
+
+        async def body(draft: Draft) -> Answer[Run]:
+            name = RunName(tenant.tenant, run_id or f"run-{uuid.uuid4().hex[:12]}")
+            ref = self._tables.run(name)
+            await draft.fetch(ref, head_ref, *refs.values())
+            if draft.get(ref) is not None:
+                raise AlreadyExists(f"{name} exists; choose another id", metadata={"resource": str(name)})
+            head = live_policy(draft.get(head_ref), policy)
+            check_active(head)
+            sizes: dict[str, BlobRef] = {}
+            for digest, blob_ref in refs.items():
+                record = verified_blob(draft.get(blob_ref), blobs[digest])
+                sizes[digest] = record.blob or BlobRef(digest)
+                draft.touch(blob_ref)  # a condemnation under way loses
+            await self._check_revision(draft, wanted, head)
+            time = now()
+            run = Run(
+                name=name,
+                policy=str(policy),
+                continue_from_latest=wanted.continue_from_latest,
+                publish=wanted.publish,
+                promote_alias=wanted.promote_alias,
+                priority=wanted.priority,
+                sft=wanted.sft,
+                grpo=wanted.grpo,
+                dpo=wanted.dpo,
+                evaluation=wanted.evaluation,
+                state=RunState.QUEUED,
+                progress=RunProgress(num_steps=num_steps(wanted.recipe), update_time=time),
+                events=(RunEvent(time, "queued", "waits for a worker"),),
+                create_time=time,
+                policy_uid=head.uid,
+            )
+            run = with_blobs(run, lambda blob: sizes[blob.digest])
+            draft.put_bytes(queue_key(self._tables, head.base_model, run), policy.policy.encode())
+            return draft.put(ref, run)
+
+        return await self._transactions.run(body, self._tables.codecs.run, request)
+
+    async def _check_revision(self, draft: Draft, wanted: Run, head: Policy) -> None:
+        if wanted.evaluation is not None:
+            name = RevisionName.parse(wanted.evaluation.revision, field="run.evaluation.revision")
+            ref = self._tables.revision(name)
+            await draft.fetch(ref)
+            own_revision(draft.get(ref), head, name)
+
+    async def get(self, name: RunName) -> Run:
+        """Read one run. Raises ``NotFound``."""
+        return (await self.read(name))[0]
+
+    async def read(self, name: RunName) -> tuple[Run, int]:
+        """One run and the catalog revision it was read at. Raises ``NotFound``."""
+        ref = self._tables.run(name)
+        result = await self._store.get([ref.key])
+        kv = result.values[0]
+        if kv is None:
+            raise not_found(name)
+        return ref.codec.decode(kv), result.revision
+
+    async def list(
+        self, tenant: TenantName, *, page_size: int, page_token: str, policies: Sequence[str] = ()
+    ) -> Page[Run]:
+        """One page of a tenant's runs, only those of ``policies`` if any are named.
+
+        Raises ``InvalidArgument``, ``RevisionCompacted``.
+        """
+        return await list_page(
+            self._store,
+            self._tables.keys.family("runs", tenant.tenant),
+            self._tables.codecs.run,
+            bound=f"runs\0{tenant.tenant}\0{','.join(policies)}",
+            page_size=page_size,
+            page_token=page_token,
+            sharded=True,
+            keep=(lambda run: run.policy in policies) if policies else None,
+        )
+
+    async def cancel(self, name: RunName, reason: str) -> Run:
+        """Ask a run to stop: a queued one ends at once, a claimed one is told by its next report.
+
+        Raises ``NotFound``, ``WrongState`` when it has ended.
+        """
+        check_text(reason, field="reason", max_chars=1024)
+        ref = self._tables.run(name)
+
+        async def body(draft: Draft) -> Answer[Run]:
+            await draft.fetch(ref)
+            run = draft.get(ref)
+            if run is None:
+                raise not_found(name)
+            if run.state.ended:
+                raise WrongState(
+                    f"{name} has {run.state.name}: there is nothing to cancel",
+                    metadata={"resource": str(name), "state": run.state.name},
+                )
+            message = reason or "cancelled"
+            if run.state is RunState.CANCELLING:
+                return Answer(ref, run)
+            if run.state is RunState.RUNNING:
+                event = RunEvent(now(), "cancelling", message)
+                return draft.put(ref, with_events(replace(run, state=RunState.CANCELLING), event))
+            head_ref = self._tables.policy(PolicyName.parse(run.policy))
+            await draft.fetch(head_ref, compare=False)
+            head = draft.get(head_ref)
+            if head is not None:
+                # A tombstone still knows the base; a queue entry that is left over is dropped by the next claim.
+                draft.delete_key(queue_key(self._tables, head.base_model, run))
+            return draft.put(ref, ended(run, RunState.CANCELLED, kind="cancelled", message=message))
+
+        return (await self._transactions.run(body, self._tables.codecs.run)).record

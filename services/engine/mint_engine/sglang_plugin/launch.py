@@ -1,0 +1,74 @@
+"""Starts ``sglang.Engine`` with the plugin in place, or says in one sentence why it is not."""
+
+from __future__ import annotations
+
+import atexit
+import os
+from collections.abc import Mapping
+from importlib.metadata import entry_points
+from typing import Any
+
+from mint_core.errors import FailedPrecondition
+from mint_engine.sglang_plugin.platform import CPU_ENGINE_VARIABLE
+from mint_engine.sglang_plugin.version import check_sglang_version, runs_without_gpu
+
+__all__ = ["ENTRY_POINTS", "check_entry_points", "launch_engine"]
+
+ENTRY_POINTS = {
+    "sglang.srt.platforms": ("mint_cpu", "mint_engine.sglang_plugin.platform:activate"),
+    "sglang.srt.plugins": ("mint", "mint_engine.sglang_plugin.hooks:register"),
+}
+"""By group: the name and the target that MinT's distribution declares."""
+
+_ENVIRONMENT = {
+    # Log-probabilities of the model's own distribution, so that generating and scoring the same tokens agree.
+    "SGLANG_RETURN_ORIGINAL_LOGPROB": "1",
+}
+
+
+def check_entry_points() -> None:
+    """Raise :class:`FailedPrecondition` unless SGLang's processes will find MinT's plugin and are allowed to load
+    it."""
+    for group, (name, target) in ENTRY_POINTS.items():
+        if not any(
+            point.name == name and point.value.replace(" ", "") == target for point in entry_points(group=group)
+        ):
+            raise FailedPrecondition(
+                f"no installed distribution declares entry point {name} = {target} in group {group}; "
+                "install MinT into this environment (pip install -e .)"
+            )
+        allowed = os.environ.get("SGLANG_PLUGINS", "")
+        if allowed and name not in {part.strip() for part in allowed.split(",")}:
+            raise FailedPrecondition(
+                f"SGLANG_PLUGINS is {allowed!r} and leaves out {name}; add it or unset the variable"
+            )
+
+
+def launch_engine(arguments: Mapping[str, Any], *, self_check_timeout_ms: int) -> Any:
+    """Start the engine, wait until the base is loaded, and have every scheduler prove its hooks.
+
+    Blocks. Raises :class:`FailedPrecondition` when the plugin is not in place; what SGLang raises otherwise.
+    """
+    check_sglang_version()
+    check_entry_points()
+    os.environ.update(_ENVIRONMENT)
+    if runs_without_gpu():
+        os.environ[CPU_ENGINE_VARIABLE] = "1"
+    # The first import of SGLang runs the platform entry point; applying the hooks here as well turns what would end a
+    # scheduler process into an error of this one.
+    from sglang.srt.entrypoints.engine import Engine
+
+    from mint_engine.sglang_plugin.hooks import SELF_CHECK_METHOD, apply_hooks
+
+    apply_hooks()
+    engine = Engine(**arguments)
+    # SGLang's clean-up at exit kills every child of this process; MinT ends the engine's own processes itself.
+    atexit.unregister(engine.shutdown)
+    import zmq
+
+    engine.send_to_rpc.setsockopt(zmq.RCVTIMEO, self_check_timeout_ms)
+    try:
+        engine.collective_rpc(SELF_CHECK_METHOD)
+    except (AssertionError, zmq.ZMQError) as error:
+        raise FailedPrecondition(f"SGLang started without MinT's plugin: {error}") from error
+    return engine

@@ -1,0 +1,71 @@
+"""Inference, put together."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+
+from mint_api.v1 import inference_service_pb2, inference_service_pb2_grpc
+from mint_core.channel import connect
+from mint_core.server import Binding, Services
+from mint_inference.clients import CatalogClient, Channels, EngineClients, LoaderClients
+from mint_inference.generation import Generation, GenerationLimits
+from mint_inference.resolver import Resolver, ResolverLimits
+from mint_inference.router import Router
+from mint_inference.service import InferenceServicer
+from mint_inference.settings import InferenceSettings
+
+__all__ = ["inference"]
+
+_SERVICE = inference_service_pb2.DESCRIPTOR.services_by_name["InferenceService"]
+_TRIM_S = 60.0
+
+
+@contextlib.asynccontextmanager
+async def inference(settings: InferenceSettings) -> AsyncIterator[Services]:
+    """Everything inference serves. Neither the catalog nor an engine need be there yet."""
+    async with contextlib.AsyncExitStack() as stack:
+        catalog = CatalogClient(await stack.enter_async_context(connect(settings.catalog_address)))
+        channels = Channels(max_message_bytes=settings.max_message_bytes)
+        stack.push_async_callback(channels.close)
+        resolver = Resolver(
+            catalog,
+            ResolverLimits(
+                staleness_s=settings.staleness_s,
+                serve_stale_for_s=settings.serve_stale_for_s,
+                timeout_s=settings.resolve_timeout_s,
+                max_entries=settings.max_cached_names,
+            ),
+        )
+        stack.push_async_callback(resolver.close)
+        router = Router(catalog, poll_s=settings.replica_poll_s, timeout_s=settings.resolve_timeout_s)
+        stack.push_async_callback(router.close)
+        generation = Generation(
+            catalog,
+            resolver,
+            router,
+            EngineClients(channels, timeout_s=settings.generate_timeout_s),
+            LoaderClients(channels, timeout_s=settings.load_timeout_s, priority=settings.load_priority),
+            GenerationLimits(
+                max_streams=settings.max_streams,
+                max_loads=settings.max_loads,
+                silence_s=settings.silence_s,
+                place_wait_s=settings.place_wait_s,
+            ),
+        )
+        for work in (resolver.follow(), router.follow(), _trim(channels)):
+            stack.push_async_callback(_stop, asyncio.create_task(work))
+        add = inference_service_pb2_grpc.add_InferenceServiceServicer_to_server
+        yield Services(public=[Binding(add, InferenceServicer(generation), _SERVICE.full_name)])
+
+
+async def _trim(channels: Channels) -> None:
+    while True:
+        await asyncio.sleep(_TRIM_S)
+        await channels.trim()
+
+
+async def _stop(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.wait([task])

@@ -1,0 +1,44 @@
+"""What inference can be told."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import Field
+
+from mint_core.config import ServiceSettings
+
+__all__ = ["InferenceSettings"]
+
+
+class InferenceSettings(ServiceSettings):
+    """Settings of ``mint-inference``, table ``[inference]``."""
+
+    section: ClassVar[str] = "inference"
+
+    catalog_address: str
+    """Public address of the catalog."""
+    max_streams: int = Field(default=1024, gt=0)
+    """Requests under way at one time; more are refused."""
+    staleness_s: float = Field(default=5.0, gt=0)
+    """Age of the alias watch's last word from which the catalog is asked instead of the cache."""
+    serve_stale_for_s: float = Field(default=600.0, ge=0)
+    """How long the last known meaning of an alias serves, marked stale, while the catalog is away."""
+    resolve_timeout_s: float = Field(default=3.0, gt=0)
+    """Longest wait for one answer of the catalog."""
+    max_cached_names: int = Field(default=100_000, gt=0)
+    """Aliases, and revisions, whose meaning is kept in memory."""
+    replica_poll_s: float = Field(default=1.0, gt=0)
+    """Pause between two looks at the registry of engine replicas."""
+    generate_timeout_s: float = Field(default=600.0, gt=0)
+    """Longest generation of a caller that brings no deadline."""
+    silence_s: float = Field(default=60.0, gt=0)
+    """Longest silence of an engine inside a stream, after which the replica counts as lost."""
+    load_timeout_s: float = Field(default=120.0, gt=0)
+    """Longest wait for an adapter to be loaded."""
+    load_priority: int = 10
+    """Priority of loads that a client waits for; prefetches have 0."""
+    max_loads: int = Field(default=4, gt=0)
+    """How often one request has its adapter loaded if others push it out before it is used."""
+    place_wait_s: float = Field(default=10.0, ge=0)
+    """How long a request waits for a place in an engine whose adapters are all in use."""

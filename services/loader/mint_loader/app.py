@@ -1,0 +1,62 @@
+"""The loader, put together."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+
+from mint_api.runtime.v1 import loader_service_pb2, loader_service_pb2_grpc
+from mint_blobs.s3 import S3ObjectStore
+from mint_core.channel import connect
+from mint_core.server import Binding, Services
+from mint_loader.adapters import verify_adapter, write_adapter
+from mint_loader.cache import DiskCache
+from mint_loader.clients import CatalogClient, EngineClient
+from mint_loader.loading import Limits, Loading
+from mint_loader.prefetch import Prefetcher
+from mint_loader.service import LoaderServicer
+from mint_loader.settings import LoaderSettings
+from mint_loader.tickets import Tickets
+
+__all__ = ["loader"]
+
+_SERVICE = loader_service_pb2.DESCRIPTOR.services_by_name["LoaderService"]
+
+
+@contextlib.asynccontextmanager
+async def loader(settings: LoaderSettings) -> AsyncIterator[Services]:
+    """Everything one node's loader serves. Neither the store nor the engine nor the catalog need be there yet."""
+    async with contextlib.AsyncExitStack() as stack:
+        cache = DiskCache(settings.cache_dir, settings.max_cache_bytes, verify=verify_adapter)
+        stack.push_async_callback(cache.close)
+        await cache.open()
+        store = await stack.enter_async_context(S3ObjectStore(settings.object_store))
+        engine = EngineClient(
+            await stack.enter_async_context(
+                connect(settings.engine_address, max_message_bytes=settings.max_message_bytes)
+            )
+        )
+        limits = Limits(
+            max_fetches=settings.max_fetches,
+            max_loads=settings.max_loads,
+            max_queued=settings.max_queued,
+            fetch_timeout_s=settings.fetch_timeout_s,
+            load_timeout_s=settings.load_timeout_s,
+        )
+        loading = Loading(cache, store, engine, write_adapter, limits)
+        stack.push_async_callback(loading.close)
+        tickets = Tickets(loading, max_open=settings.max_open_tickets, timeout_s=settings.ticket_timeout_s)
+        stack.push_async_callback(tickets.close)
+        if settings.catalog_address:
+            catalog = CatalogClient(await stack.enter_async_context(connect(settings.catalog_address)))
+            prefetcher = Prefetcher(catalog, engine, cache, tickets, recent_s=settings.prefetch_recent_s)
+            stack.push_async_callback(_stop, asyncio.create_task(prefetcher.run(), name="prefetch"))
+        servicer = LoaderServicer(loading, tickets, cache, ensure_timeout_s=settings.ensure_timeout_s)
+        add = loader_service_pb2_grpc.add_LoaderServiceServicer_to_server
+        yield Services(runtime=[Binding(add, servicer, _SERVICE.full_name)])
+
+
+async def _stop(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.wait([task])

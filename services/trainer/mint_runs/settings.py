@@ -1,0 +1,72 @@
+"""What can be set about a runs worker."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar, Self
+
+from pydantic import Field, model_validator
+
+from mint_blobs import ObjectStoreSettings
+from mint_core.config import ServiceSettings
+
+__all__ = ["RunsSettings"]
+
+
+class RunsSettings(ServiceSettings):
+    """Settings of the runs process, section ``runs``."""
+
+    section: ClassVar[str] = "runs"
+
+    base_model: str = "baseModels/default"
+    """Name of the base model whose runs this worker claims; its registered digest must be the folder's."""
+
+    base_model_path: Path
+    """Local Hugging Face folder of the base model; only its tokenizer and chat template are loaded."""
+
+    catalog_address: str
+    """host:port or unix:PATH of the catalog's public services."""
+
+    catalog_runtime_address: str
+    """host:port or unix:PATH of the catalog's services for our own processes."""
+
+    trainer_address: str
+    """host:port or unix:PATH of the trainer."""
+
+    exporter_runtime_address: str
+    """host:port or unix:PATH of the exporter's services for our own processes."""
+
+    object_store: ObjectStoreSettings = ObjectStoreSettings()
+    """Where data sets are read from."""
+
+    max_concurrent_runs: int = Field(default=4, ge=1, le=64)
+    """Runs in progress at the same time; the steps of one wait while the trainer computes another's."""
+
+    lease_ttl_s: float = Field(default=30.0, ge=2, le=3600)
+    """Time to live of a policy's lease after its last renewal: how long the runs of a dead worker stand still."""
+
+    lease_margin_s: float = Field(default=5.0, gt=0)
+    """Work stops this long before an unrenewed lease ends; covers the drift between two machines' clocks."""
+
+    claim_wait_s: float = Field(default=20.0, gt=0)
+    """How long one question for a run waits at the catalog."""
+
+    report_interval_s: float = Field(default=0.25, gt=0)
+    """Progress is written at most this often."""
+
+    patience_s: float = Field(default=300.0, gt=0)
+    """How long trainer, exporter or object store may be away before an attempt is given up."""
+
+    drain_timeout_s: float = Field(default=60.0, gt=0)
+    """After SIGTERM, how long a run gets to finish its step, save its state and be given back."""
+
+    scratch_path: Path | None = None
+    """Folder for data sets while they are read; none takes the system's temporary folder."""
+
+    @model_validator(mode="after")
+    def _margin_fits(self) -> Self:
+        if self.lease_margin_s > self.lease_ttl_s / 2:
+            raise ValueError(
+                f"lease_margin_s is {self.lease_margin_s}: at most half of lease_ttl_s, which is {self.lease_ttl_s}"
+            )
+        return self

@@ -1,0 +1,141 @@
+"""Puts a trainer together; nothing is served before the base is loaded and proven to be the registered one."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import tempfile
+from collections.abc import AsyncIterator
+from functools import partial
+from pathlib import Path
+
+import torch
+import transformers
+
+from mint_api.v1 import (
+    base_model_service_pb2,
+    base_model_service_pb2_grpc,
+    common_pb2,
+    session_service_pb2_grpc,
+)
+from mint_blobs.s3 import S3ObjectStore
+from mint_core import channel, clock, log
+from mint_core.errors import BaseModelMismatch, NotFound, Unavailable
+from mint_core.names import BaseModelName
+from mint_core.server import Binding, Services
+from mint_trainer.base import ResidentBase
+from mint_trainer.batch import BatchLimits
+from mint_trainer.service import SessionServicer
+from mint_trainer.sessions import SessionLimits, Sessions
+from mint_trainer.settings import TrainerSettings
+from mint_trainer.worker import Ticket, TorchThread
+
+__all__ = ["build", "check_registered"]
+
+_log = log.get_logger(__name__)
+_CATALOG_PAUSE_S = 0.5
+_CATALOG_CALL_TIMEOUT_S = 5.0
+_MAX_SWEEP_INTERVAL_S = 30.0
+
+
+@contextlib.asynccontextmanager
+async def build(settings: TrainerSettings) -> AsyncIterator[Services]:
+    """Load and check everything, then offer the services; what was acquired is released in the end."""
+    thread = TorchThread(settings.num_threads)
+    async with contextlib.AsyncExitStack() as stack:
+        stack.callback(thread.close)
+        started_s = clock.monotonic_s()
+        model_id = BaseModelName.parse(settings.base_model, field="base_model").base_model
+        load = partial(ResidentBase.load, model_id=model_id, dtype=settings.dtype, attention=settings.attention)
+        base = await thread.run(partial(load, settings.base_model_path), Ticket())
+        _log.info(
+            "base loaded",
+            extra={"fields": {"digest": base.digest, "seconds": round(clock.monotonic_s() - started_s, 1)}},
+        )
+        await check_registered(settings, base.digest)
+        store = await stack.enter_async_context(S3ObjectStore(settings.object_store))
+        await store.ensure_bucket()
+        scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="mint-trainer-", dir=settings.scratch_path))
+        sessions = Sessions(
+            base,
+            store,
+            thread,
+            BatchLimits(
+                vocab_size=base.vocab_size,
+                max_datum_tokens=min(settings.max_datum_tokens, base.max_context_tokens),
+                max_step_tokens=settings.max_step_tokens,
+                micro_batch_tokens=settings.micro_batch_tokens,
+            ),
+            SessionLimits(
+                max_sessions=settings.max_sessions,
+                max_waiting_steps=settings.max_waiting_steps,
+                idle_ttl_s=settings.session_ttl_s,
+                num_kept_results=settings.num_kept_results,
+            ),
+            Path(scratch),
+        )
+        stack.callback(thread.close)  # a step that still runs may need scratch and store
+        sweeper = asyncio.ensure_future(_sweep(sessions, settings.session_ttl_s))
+        stack.push_async_callback(_stop, sweeper)
+        numerics = common_pb2.Numerics(
+            base_digest=base.digest,
+            dtype=base.dtype,
+            engine_version=f"torch {torch.__version__}, transformers {transformers.__version__}",
+        )
+        targets = [name for name in settings.default_target_modules if name in sessions.target_modules]
+        yield Services(
+            public=[
+                Binding(
+                    session_service_pb2_grpc.add_SessionServiceServicer_to_server,
+                    SessionServicer(sessions, numerics, targets),
+                    "mint.v1.SessionService",
+                )
+            ]
+        )
+
+
+async def check_registered(settings: TrainerSettings, digest: str) -> None:
+    """Refuse a base whose digest is not the one the catalog has registered under its name.
+
+    Waits up to ``catalog_timeout_s`` for a catalog that is still starting.
+    """
+    name = settings.base_model
+    waited = clock.Deadline.after(settings.catalog_timeout_s)
+    async with channel.connect(settings.catalog_address) as catalog:
+        stub = base_model_service_pb2_grpc.BaseModelServiceStub(catalog)
+        request = base_model_service_pb2.GetBaseModelRequest(name=name)
+        while True:
+            try:
+                response = await channel.call(stub.GetBaseModel, request, timeout_s=_CATALOG_CALL_TIMEOUT_S)
+                break
+            except NotFound:
+                raise NotFound(
+                    f"{name} is not registered in the catalog at {settings.catalog_address}: register it with digest "
+                    f"{digest}, or set base_model to a registered one"
+                ) from None
+            except Unavailable as error:
+                if waited.remaining_s <= 0:
+                    raise Unavailable(
+                        f"the catalog at {settings.catalog_address} did not answer for "
+                        f"{settings.catalog_timeout_s:g} s ({error.message}): start it, or correct catalog_address"
+                    ) from None
+                await asyncio.sleep(_CATALOG_PAUSE_S)
+    registered = response.base_model.digest
+    if registered != digest:
+        raise BaseModelMismatch(
+            f"{str(settings.base_model_path)!r} has the digest {digest}, but {name} is registered with {registered}: "
+            "point base_model_path at the registered folder, or register this one under another name",
+            metadata={"expected": registered, "actual": digest},
+        )
+
+
+async def _sweep(sessions: Sessions, ttl_s: float) -> None:
+    while True:
+        await asyncio.sleep(min(_MAX_SWEEP_INTERVAL_S, ttl_s / 4))
+        await sessions.expire_idle()
+
+
+async def _stop(task: asyncio.Future[None]) -> None:
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task

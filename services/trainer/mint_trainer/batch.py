@@ -1,0 +1,165 @@
+"""What a step is computed on: checked token sequences, and how they are cut into micro-batches.
+
+The shift is the caller's: ``targets[i]`` is what should follow ``tokens[0..i]``, so for a text ``t`` of n+1 tokens
+``tokens = t[:-1]`` and ``targets = t[1:]``. Inside, the sequences are right-padded and masked; nothing computed for a
+padded position is ever read.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from mint_core.errors import InvalidArgument
+
+__all__ = ["BatchLimits", "Datum", "MicroBatch", "check_data", "micro_batches"]
+
+
+@dataclass(frozen=True, slots=True)
+class Datum:
+    """One sequence: tokens in, targets and their side inputs at the same positions."""
+
+    tokens: Sequence[int]
+    """Input token ids, length n of at least 1."""
+    targets: Sequence[int]
+    """Target token ids, length n."""
+    weights: Sequence[float]
+    """Weight of each target in the loss, length n; a target of weight 0 contributes nothing to loss or gradient."""
+    behavior_logprobs: Sequence[float] = ()
+    """Log-probabilities of the targets under the behaviour policy, length n or empty."""
+    advantages: Sequence[float] = ()
+    """Advantage of each target, length n or empty."""
+
+
+@dataclass(frozen=True, slots=True)
+class BatchLimits:
+    """What one step may bring, and how much of it is computed at once."""
+
+    vocab_size: int
+    """Token ids are in ``[0, vocab_size)``."""
+    max_datum_tokens: int
+    """Longest sequence."""
+    max_step_tokens: int
+    """All tokens of one step."""
+    micro_batch_tokens: int
+    """Padded tokens computed at once; a single longer sequence is computed alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """Some consecutive data of a step as tensors; N is the number of real (not padded) tokens."""
+
+    first: int
+    """Index in the step of the first datum."""
+    lengths: tuple[int, ...]
+    """Number of tokens of each datum."""
+    token_ids: torch.Tensor
+    """int64 ``[batch, length]``, right-padded."""
+    attention_mask: torch.Tensor
+    """int64 ``[batch, length]``, 1 at real tokens."""
+    targets: torch.Tensor
+    """int64 ``[N]``, data after data."""
+    weights: torch.Tensor
+    """float32 ``[N]``."""
+    behavior_logprobs: torch.Tensor | None
+    """float32 ``[N]``, if every datum of the step has them."""
+    advantages: torch.Tensor | None
+    """float32 ``[N]``, if every datum of the step has them."""
+
+    def positions(self) -> torch.Tensor:
+        """Indices ``[N]`` of the real tokens in the flattened ``[batch * length]``."""
+        return self.attention_mask.flatten().nonzero().squeeze(1)
+
+
+def check_data(data: Sequence[Datum], limits: BatchLimits) -> None:
+    """Raise :class:`InvalidArgument` naming the first bad field."""
+    if not data:
+        raise InvalidArgument("data is empty: a step needs at least one datum", field="data")
+    num_tokens = sum(len(datum.tokens) for datum in data)
+    if num_tokens > limits.max_step_tokens:
+        raise InvalidArgument(
+            f"data has {num_tokens} tokens: one step takes {limits.max_step_tokens}; split it, gradients add up",
+            field="data",
+        )
+    for index, datum in enumerate(data):
+        _check_datum(datum, f"data[{index}]", limits)
+    for name in ("behavior_logprobs", "advantages"):
+        given = sum(1 for datum in data if len(getattr(datum, name)))
+        if given not in (0, len(data)):
+            raise InvalidArgument(
+                f"data: {given} of {len(data)} have {name}; either all data of a step have them or none",
+                field=f"data.{name}",
+            )
+
+
+def _check_datum(datum: Datum, where: str, limits: BatchLimits) -> None:
+    length = len(datum.tokens)
+    if length == 0:
+        raise InvalidArgument(f"{where}.tokens is empty: a sequence has at least one token", field=f"{where}.tokens")
+    if length > limits.max_datum_tokens:
+        raise InvalidArgument(
+            f"{where}.tokens has {length} tokens: the longest sequence is {limits.max_datum_tokens}",
+            field=f"{where}.tokens",
+        )
+    for name, required in (("targets", True), ("weights", True), ("behavior_logprobs", False), ("advantages", False)):
+        given = len(getattr(datum, name))
+        if given != length and (required or given):
+            raise InvalidArgument(
+                f"{where}.{name} has {given} entries and tokens {length}: they must be equally many",
+                field=f"{where}.{name}",
+            )
+    for name in ("tokens", "targets"):
+        ids = getattr(datum, name)
+        if min(ids) < 0 or max(ids) >= limits.vocab_size:
+            bad = next(i for i, token in enumerate(ids) if not 0 <= token < limits.vocab_size)
+            raise InvalidArgument(
+                f"{where}.{name}[{bad}] is {ids[bad]}: token ids of this base are 0 to {limits.vocab_size - 1}",
+                field=f"{where}.{name}[{bad}]",
+            )
+    for name in ("weights", "behavior_logprobs", "advantages"):
+        values = getattr(datum, name)
+        for i, value in enumerate(values):
+            if not math.isfinite(value):
+                raise InvalidArgument(
+                    f"{where}.{name}[{i}] is {value}: must be a finite number", field=f"{where}.{name}[{i}]"
+                )
+
+
+def micro_batches(data: Sequence[Datum], limits: BatchLimits) -> Iterator[MicroBatch]:
+    """Cut checked ``data`` in their order; how it is cut depends on nothing but the data and the limits."""
+    start = 0
+    while start < len(data):
+        end, longest = start, 0
+        while end < len(data):
+            longest = max(longest, len(data[end].tokens))
+            if end > start and longest * (end + 1 - start) > limits.micro_batch_tokens:
+                break
+            end += 1
+        yield _as_tensors(start, data[start:end])
+        start = end
+
+
+def _as_tensors(first: int, data: Sequence[Datum]) -> MicroBatch:
+    lengths = tuple(len(datum.tokens) for datum in data)
+    token_ids = torch.zeros(len(data), max(lengths), dtype=torch.int64)
+    attention_mask = torch.zeros_like(token_ids)
+    for row, datum in enumerate(data):
+        token_ids[row, : lengths[row]] = torch.tensor(datum.tokens, dtype=torch.int64)
+        attention_mask[row, : lengths[row]] = 1
+    return MicroBatch(
+        first=first,
+        lengths=lengths,
+        token_ids=token_ids,
+        attention_mask=attention_mask,
+        targets=torch.tensor([token for datum in data for token in datum.targets], dtype=torch.int64),
+        weights=_flat(data, "weights"),
+        behavior_logprobs=_flat(data, "behavior_logprobs") if len(data[0].behavior_logprobs) else None,
+        advantages=_flat(data, "advantages") if len(data[0].advantages) else None,
+    )
+
+
+def _flat(data: Sequence[Datum], name: str) -> torch.Tensor:
+    return torch.tensor([value for datum in data for value in getattr(datum, name)], dtype=torch.float32)

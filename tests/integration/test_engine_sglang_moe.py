@@ -1,0 +1,161 @@
+"""The real SGLang on routed experts: LoRA on every expert, and the routes that come back."""
+
+from __future__ import annotations
+
+import asyncio
+import warnings
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import pytest_asyncio
+import torch
+
+from mint_core.errors import InvalidArgument
+from mint_engine.adapter_engine import Delta, Sampling
+from mint_engine.host import EngineHost, Generation
+from mint_engine.prompts import TokenPrompt
+from mint_engine.sglang_settings import SglangSettings
+from mint_lora import TensorFile
+from support.engine_contract import PROMPT, ask
+from support.serving_adapters import ServingAdapter, make_serving_adapter
+from support.sglang_rig import SglangRig, running_sglang
+from support.tiny_models import make_tiny_qwen3_moe
+
+pytestmark = [
+    pytest.mark.asyncio(loop_scope="module"),
+    pytest.mark.timeout(300),
+    pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning"),
+]
+
+TOLERANCE = 1e-4
+SETTINGS = SglangSettings(
+    dtype="float32",
+    max_lora_rank=8,
+    num_slots=4,
+    max_loaded_adapters=4,
+    max_total_tokens=4096,
+    return_routed_experts=True,
+)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def sglang(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[SglangRig]:
+    folder = tmp_path_factory.mktemp("sglang-moe")
+    async with running_sglang(make_tiny_qwen3_moe(folder / "base"), folder / "adapters", SETTINGS) as rig:
+        yield rig
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def host(sglang: SglangRig) -> AsyncIterator[EngineHost]:
+    async with sglang.host() as host:
+        yield host
+
+
+def make(sglang: SglangRig, work: Path, **options) -> ServingAdapter:
+    return make_serving_adapter(sglang.base, sglang.adapter_dir, work, **options)
+
+
+def reference(
+    base: Path, adapter: ServingAdapter | None, token_ids: tuple[int, ...]
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Log-probability of each token but the first and the experts of each token by layer, the update merged into the
+    weights by hand: PEFT's own layouts for experts are what the codecs are tested against, not what serves as truth."""
+    from transformers import Qwen3MoeForCausalLM
+
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        model = Qwen3MoeForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager").eval()
+        if adapter is not None:
+            merge(model, adapter)
+        output = model(torch.tensor([token_ids]), output_router_logits=True)
+        logprobs = torch.log_softmax(output.logits[0, :-1], -1).gather(1, torch.tensor(token_ids[1:])[:, None])[:, 0]
+        return logprobs, [logits.topk(2, -1).indices for logits in output.router_logits]
+
+
+def merge(model: torch.nn.Module, adapter: ServingAdapter) -> None:
+    state = dict(model.named_parameters())
+    width = model.config.moe_intermediate_size
+    with TensorFile(adapter.blob) as file:
+        for name in file.header.tensors:
+            if "lora_A" not in name:
+                continue
+            lora_a = torch.from_numpy(np.array(file.array(name)))
+            lora_b = torch.from_numpy(np.array(file.array(name.replace("lora_A", "lora_B"))))
+            update = adapter.config.scaling * (lora_b @ lora_a)
+            module = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+            block, _, leaf = module.rpartition(".")
+            if not block.endswith(".experts"):
+                state[f"{module}.weight"] += update
+            elif leaf == "down_proj":
+                state[f"{block}.down_proj"] += update
+            else:
+                start = 0 if leaf == "gate_proj" else width
+                state[f"{block}.gate_up_proj"][:, start : start + width] += update
+
+
+def difference(found: tuple[float, ...], expected: torch.Tensor) -> float:
+    return float((torch.tensor(found) - expected).abs().max())
+
+
+async def test_expert_adapters_and_the_base_in_one_batch_equal_transformers(
+    host: EngineHost, sglang: SglangRig, tmp_path: Path
+) -> None:
+    adapters = [make(sglang, tmp_path, seed=seed, rank=rank) for seed, rank in ((1, 8), (2, 3))]
+    for adapter in adapters:
+        await host.load(adapter.digest, adapter.folder)
+    everybody = [adapters[0], None, adapters[1]]
+    prompts = [TokenPrompt(tuple(range(10 + place, 30 + 2 * place))) for place in range(3)]
+    answers = await asyncio.gather(
+        *(
+            ask(host, adapter.digest if adapter else "", prompt=prompt, max_new_tokens=12)
+            for adapter, prompt in zip(everybody, prompts, strict=True)
+        )
+    )
+    for adapter, prompt, answer in zip(everybody, prompts, answers, strict=True):
+        whole = prompt.token_ids + answer.token_ids
+        expected, _ = reference(sglang.base, adapter, whole)
+        assert difference(answer.logprobs, expected[len(prompt.token_ids) - 1 :]) < TOLERANCE
+        if adapter is not None:
+            plain, _ = reference(sglang.base, None, whole)
+            assert difference(answer.logprobs, plain[len(prompt.token_ids) - 1 :]) > 0.05
+
+
+async def test_zero_expert_adapter_is_bit_identical_to_the_base(
+    host: EngineHost, sglang: SglangRig, tmp_path: Path
+) -> None:
+    zero = make(sglang, tmp_path, seed=3, zero=True)
+    await host.load(zero.digest, zero.folder)
+    base, answer = await ask(host, max_new_tokens=24), await ask(host, zero.digest, max_new_tokens=24)
+    assert (answer.token_ids, answer.logprobs) == (base.token_ids, base.logprobs)
+
+
+async def test_routed_experts_equal_the_router_of_transformers(
+    host: EngineHost, sglang: SglangRig, tmp_path: Path
+) -> None:
+    adapter = make(sglang, tmp_path, seed=4)
+    await host.load(adapter.digest, adapter.folder)
+    request = Generation(
+        prompt=PROMPT,
+        tenant="tenants/a",
+        digest=adapter.digest,
+        sampling=Sampling(max_new_tokens=8, ignore_eos=True),
+        with_routed_experts=True,
+    )
+    items = [item async for item in host.generate(request, timeout_s=60)]
+    deltas = [item for item in items if isinstance(item, Delta)]
+    whole = PROMPT.token_ids + tuple(token for delta in deltas for token in delta.token_ids)
+    assert deltas[-1].finish is not None
+    routes = np.frombuffer(deltas[-1].finish.routed_experts, dtype="<i4").reshape(len(whole) - 1, 2, 2)
+    _, expected = reference(sglang.base, adapter, whole)
+    for layer in range(2):
+        assert (np.sort(routes[:, layer], -1) == np.sort(expected[layer][:-1].numpy(), -1)).all()
+
+
+async def test_experts_without_all_three_projections_are_refused(
+    host: EngineHost, sglang: SglangRig, tmp_path: Path
+) -> None:
+    adapter = make(sglang, tmp_path, seed=5, targets=("gate_proj", "up_proj"))
+    with pytest.raises(InvalidArgument, match="gate, up and down together"):
+        await host.load(adapter.digest, adapter.folder)

@@ -1,0 +1,114 @@
+"""The catalog's domain over the in-memory store, with the steps that most tests begin with."""
+
+from __future__ import annotations
+
+import hashlib
+
+from mint_catalog.aliases import Aliases, Move
+from mint_catalog.base_models import BaseModels
+from mint_catalog.blobs import Blobs
+from mint_catalog.codecs import MessageCodecs
+from mint_catalog.draft import Written
+from mint_catalog.evaluations import Evaluations
+from mint_catalog.keys import Keys
+from mint_catalog.leases import Leases
+from mint_catalog.policies import Policies
+from mint_catalog.queue import Claim, RunQueue
+from mint_catalog.records import Alias, BaseModel, BlobRef, Fence, Lineage, LoraConfig, Policy, Revision
+from mint_catalog.registry import Registry
+from mint_catalog.requests import Request
+from mint_catalog.resolve import Resolver
+from mint_catalog.revisions import Revisions
+from mint_catalog.run_records import Run, SftRecipe
+from mint_catalog.runs import Runs
+from mint_catalog.signals import Signal
+from mint_catalog.tables import Tables
+from mint_core.names import AliasName, BaseModelName, BlobName, PolicyName, RevisionName, RunName, TenantName
+from unit.catalog.memory_store import MemoryStore
+
+__all__ = ["BASE", "BASE_DIGEST", "POLICY", "TENANT", "Lab", "digest_of"]
+
+TENANT = TenantName("acme")
+POLICY = PolicyName("acme", "tone")
+BASE = BaseModelName("tiny")
+BASE_DIGEST = "sha256:" + "b" * 64
+
+
+def digest_of(text: str) -> str:
+    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+
+
+class Lab:
+    def __init__(self, *, max_attempts: int = 3) -> None:
+        self.store = MemoryStore()
+        self.keys = Keys()
+        self.codecs = MessageCodecs.over(self.keys)
+        self.tables = Tables(self.keys, self.codecs.for_store())
+        self.signal = Signal()
+        self.base_models = BaseModels(self.store, self.tables)
+        self.policies = Policies(self.store, self.tables)
+        self.revisions = Revisions(self.store, self.tables)
+        self.aliases = Aliases(self.store, self.tables)
+        self.resolver = Resolver(self.aliases, self.revisions)
+        self.blobs = Blobs(self.store, self.tables)
+        self.leases = Leases(self.store, self.tables)
+        self.runs = Runs(self.store, self.tables)
+        self.queue = RunQueue(self.store, self.tables, self.signal, max_attempts=max_attempts)
+        self.registry = Registry(self.store, self.tables)
+        self.evaluations = Evaluations(self.store, self.tables)
+
+    async def base_model(self) -> None:
+        await self.base_models.register(BaseModel(BASE, digest=BASE_DIGEST, size_bytes=10))
+
+    async def policy(self, name: PolicyName = POLICY, request: Request | None = None) -> Written[Policy]:
+        await self.base_model()
+        return await self.policies.create(name, Policy(name, base_model=str(BASE)), request)
+
+    async def blob(self, text: str, tenant: str = "acme") -> BlobRef:
+        """A verified blob."""
+        blob = BlobRef(digest_of(text), len(text))
+        name = BlobName(tenant, blob.digest)
+        record = await self.blobs.stage(name, blob.size_bytes)
+        await self.blobs.verify(name, record.object_key)
+        return blob
+
+    async def publish(
+        self,
+        text: str,
+        fence: Fence | None = None,
+        *,
+        policy: PolicyName = POLICY,
+        run: str = "",
+        step: int = 0,
+        request: Request | None = None,
+    ) -> Written[Revision]:
+        """Publish a verified blob with these bytes."""
+        wanted = Revision(
+            RevisionName(policy.tenant, policy.policy, 1),
+            blob=await self.blob(text, policy.tenant),
+            base_digest=BASE_DIGEST,
+            lora=LoraConfig(rank=4),
+            lineage=Lineage(run=run, step=step),
+        )
+        return await self.revisions.publish(policy, wanted, fence, unfenced=fence is None, request=request)
+
+    def move(self, number: int, *, alias: str = "live", etag: str = "", reason: str = "") -> Move:
+        return Move(AliasName("acme", "tone", alias), number, etag, reason, "ada")
+
+    async def promote(self, number: int, *, alias: str = "live", etag: str = "") -> Written[Alias]:
+        return await self.aliases.promote(self.move(number, alias=alias, etag=etag))
+
+    async def run(self, run_id: str = "r1", *, policy: PolicyName = POLICY, **changes: object) -> Written[Run]:
+        """Queue an SFT run."""
+        data = await self.blob("{}")
+        fields: dict[str, object] = {"policy": str(policy), "sft": SftRecipe(train_data=data, num_steps=10)}
+        wanted = Run(RunName("acme", "ignored"), **(fields | changes))  # type: ignore[arg-type]
+        return await self.runs.create(TENANT, run_id, wanted)
+
+    async def claim(self, holder: str = "worker-1", ttl_s: int = 30) -> Claim | None:
+        return await self.queue.claim(BASE, holder, ttl_s, wait_s=0)
+
+    async def claimed(self, holder: str = "worker-1") -> tuple[Claim, Fence]:
+        claim = await self.claim(holder)
+        assert claim is not None
+        return claim, Fence(str(claim.policy), claim.holder.token)

@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from mint_catalog.records import EngineReplica, EngineReplicaState, Evaluation, Fence, Numerics
+from mint_core.errors import (
+    AlreadyExists,
+    BaseModelMismatch,
+    InvalidArgument,
+    LeaseHeld,
+    LeaseLost,
+    NotFound,
+)
+from mint_core.names import BaseModelName, EngineReplicaName, EvaluationName
+from unit.catalog.catalog_lab import BASE, BASE_DIGEST, POLICY, Lab, digest_of
+
+E1 = EngineReplicaName("e1")
+REPLICA = EngineReplica(
+    E1, "127.0.0.1:1", str(BASE), Numerics(BASE_DIGEST, "float32"), 4, 2, 64, 2048, EngineReplicaState.READY
+)
+
+
+async def _lab() -> Lab:
+    lab = Lab()
+    await lab.base_model()
+    return lab
+
+
+async def test_a_replica_lives_as_long_as_it_renews() -> None:
+    lab = await _lab()
+    token = await lab.registry.register(REPLICA, "process-1", 10)
+    registered = await lab.registry.get(E1)
+    assert registered.register_time is not None
+    assert (await lab.registry.list(None))[0] == [registered]
+    await lab.store.pass_time(8)
+    await lab.registry.renew(E1, token, EngineReplicaState.DRAINING)
+    await lab.store.pass_time(8)
+    await lab.registry.renew(E1, token, EngineReplicaState.UNSPECIFIED)
+    assert (await lab.registry.get(E1)).state is EngineReplicaState.DRAINING
+    await lab.store.pass_time(11)
+    with pytest.raises(NotFound):
+        await lab.registry.get(E1)
+    with pytest.raises(LeaseLost):
+        await lab.registry.renew(E1, token, EngineReplicaState.READY)
+    assert (await lab.registry.list(None))[0] == []
+
+
+async def test_the_same_process_renews_and_another_one_waits() -> None:
+    lab = await _lab()
+    token = await lab.registry.register(REPLICA, "process-1", 10)
+    moved = replace(REPLICA, address="127.0.0.1:9")
+    assert await lab.registry.register(moved, "process-1", 10) == token
+    assert (await lab.registry.get(E1)).address == "127.0.0.1:9"
+    with pytest.raises(LeaseHeld):
+        await lab.registry.register(REPLICA, "process-2", 10)
+    await lab.store.pass_time(11)
+    assert await lab.registry.register(REPLICA, "process-2", 10) > token
+    with pytest.raises(LeaseLost):
+        await lab.registry.renew(E1, token, EngineReplicaState.READY)
+
+
+async def test_deregistration_is_by_the_holder() -> None:
+    lab = await _lab()
+    token = await lab.registry.register(REPLICA, "process-1", 10)
+    await lab.registry.deregister(E1, token + 1)
+    await lab.registry.get(E1)
+    await lab.registry.deregister(E1, token)
+    await lab.registry.deregister(E1, token)
+    assert await lab.registry.register(REPLICA, "process-2", 10) > token
+
+
+async def test_a_foreign_base_is_refused() -> None:
+    lab = await _lab()
+    foreign = replace(REPLICA, numerics=Numerics("sha256:" + "c" * 64))
+    with pytest.raises(BaseModelMismatch) as caught:
+        await lab.registry.register(foreign, "process-1", 10)
+    assert caught.value.metadata["expected"] == BASE_DIGEST
+    with pytest.raises(NotFound):
+        await lab.registry.register(replace(REPLICA, base_model="baseModels/none"), "process-1", 10)
+    with pytest.raises(InvalidArgument):
+        await lab.registry.register(replace(REPLICA, address=""), "process-1", 10)
+    with pytest.raises(InvalidArgument):
+        await lab.registry.register(REPLICA, "x", 10)
+
+
+async def test_replicas_are_listed_by_base() -> None:
+    lab = await _lab()
+    await lab.registry.register(REPLICA, "process-1", 10)
+    assert len((await lab.registry.list(BASE))[0]) == 1
+    assert (await lab.registry.list(BaseModelName("other")))[0] == []
+
+
+def _evaluation(evaluation: str = "e1", **changes: object) -> Evaluation:
+    fields: dict[str, object] = {"revision": f"{POLICY}/revisions/1", "scorer": "exact", "metrics": {"score": 0.5}}
+    return Evaluation(EvaluationName("acme", "tone", evaluation), **(fields | changes))  # type: ignore[arg-type]
+
+
+async def test_an_evaluation_takes_its_revisions_digest() -> None:
+    lab = Lab()
+    await lab.policy()
+    await lab.publish("one")
+    head = await lab.policies.get(POLICY)
+    written = await lab.evaluations.create(_evaluation(), None)
+    assert written.record.revision_digest == digest_of("one")
+    assert await lab.evaluations.get(written.record.name) == written.record
+    assert (await lab.policies.get(POLICY)) == head, "an evaluation leaves the head alone"
+    with pytest.raises(AlreadyExists):
+        await lab.evaluations.create(_evaluation(), None)
+    await lab.evaluations.create(_evaluation("e2", revision=""), None)
+    page = await lab.evaluations.list(POLICY, page_size=1, page_token="")
+    rest = await lab.evaluations.list(POLICY, page_size=1, page_token=page.next_page_token)
+    assert [each.name.evaluation for each in (*page.records, *rest.records)] == ["e1", "e2"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"metrics": {"score": float("nan")}}, InvalidArgument),
+        ({"metrics": {"score": float("inf")}}, InvalidArgument),
+        ({"metrics": {"Bad Key": 1.0}}, InvalidArgument),
+        ({"revision": "tenants/acme/policies/other/revisions/1"}, InvalidArgument),
+        ({"revision": f"{POLICY}/revisions/2"}, NotFound),
+        ({"revision_digest": digest_of("two")}, InvalidArgument),
+        ({"num_examples": -1}, InvalidArgument),
+        ({"run": "r"}, InvalidArgument),
+    ],
+)
+async def test_a_bad_evaluation_is_refused(changes: dict[str, object], error: type[Exception]) -> None:
+    lab = Lab()
+    await lab.policy()
+    await lab.publish("one")
+    with pytest.raises(error):
+        await lab.evaluations.create(_evaluation(**changes), None)
+
+
+async def test_an_evaluation_under_a_fence() -> None:
+    lab = Lab()
+    await lab.policy()
+    await lab.publish("one")
+    held = await lab.leases.acquire(POLICY, "worker-1", 10)
+    fence = Fence(str(POLICY), held.token)
+    await lab.evaluations.create(_evaluation("e1"), fence)
+    await lab.store.pass_time(11)
+    with pytest.raises(LeaseLost):
+        await lab.evaluations.create(_evaluation("e2"), fence)
+
+
+async def test_evaluations_do_not_outlive_their_policy() -> None:
+    lab = Lab()
+    await lab.policy()
+    await lab.publish("one")
+    name = (await lab.evaluations.create(_evaluation(), None)).record.name
+    await lab.policies.delete(POLICY)
+    with pytest.raises(NotFound):
+        await lab.evaluations.get(name)
+    await lab.policy()
+    with pytest.raises(NotFound):
+        await lab.evaluations.get(name)
+    assert (await lab.evaluations.list(POLICY, page_size=0, page_token="")).records == []
