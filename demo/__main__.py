@@ -31,7 +31,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1, help="seed of initial weights and of the order of examples")
     parser.add_argument("--report", type=Path, default=FOLDER / "report.json", help="where the report is written")
     options = parser.parse_args()
-    console = Console()
+    console = Console(soft_wrap=True)
     start_s = time.perf_counter()
 
     def say(text: str) -> None:
@@ -39,7 +39,7 @@ def main() -> int:
 
     options.report.unlink(missing_ok=True)  # an old report must not pass for a new one
     try:
-        base = Path(mint("model", "fetch", "--json")["path"])
+        base = Path(mint("model", "fetch", "--json")["folder"])
         say(f"base model in {base}")
         with everything_up(base) as services:
             say(f"{len(services)} services are up: {', '.join(sorted(services))}")

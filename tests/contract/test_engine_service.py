@@ -34,6 +34,7 @@ from mint_engine.host import EngineHost
 from mint_engine.registration import Registration
 from mint_engine.replica import Replica
 from mint_engine.service import EngineServicer
+from support.engine_contract import until
 from support.fake_engine import FakeEngine, FakePrompts
 
 DIGESTS = ["sha256:" + f"{number:064x}" for number in range(5)]
@@ -191,9 +192,7 @@ async def test_cancelled_call_aborts_in_the_engine(wire: Wire) -> None:
     async for _ in call:
         break
     call.cancel()
-    async with asyncio.timeout(5):
-        while wire.engine.num_running or wire.host.num_running:
-            await asyncio.sleep(0.01)
+    await until(lambda: not (wire.engine.num_running or wire.host.num_running))
     assert wire.engine.num_aborted == 1
     assert wire.host.residents()[0].num_references == 0
 
@@ -202,9 +201,7 @@ async def test_deadline_of_the_call_ends_the_stream(wire: Wire) -> None:
     wire.engine.token_gate.clear()
     with pytest.raises(DeadlineExceeded):
         await wire.generate(timeout_s=0.2, base=True)
-    async with asyncio.timeout(5):
-        while wire.host.num_running:
-            await asyncio.sleep(0.01)
+    await until(lambda: not (wire.host.num_running))
 
 
 @dataclass
@@ -240,12 +237,6 @@ class Registry(registry_grpc.RegistryServiceServicer):
     ) -> registry_pb.DeregisterEngineReplicaResponse:
         self.deregistered.append(request.registration_token)
         return registry_pb.DeregisterEngineReplicaResponse()
-
-
-async def until(condition) -> None:
-    async with asyncio.timeout(10):
-        while not condition():
-            await asyncio.sleep(0.02)
 
 
 async def test_replica_stays_registered_and_says_goodbye(wire: Wire) -> None:

@@ -18,7 +18,7 @@ from mint_engine.adapter_engine import EngineLimits
 from mint_engine.host import EngineHost, Generation, HostState
 from mint_engine.prompts import TokenPrompt
 from mint_engine.sglang_settings import SglangSettings
-from support.engine_contract import PROMPT, EngineContract, Rig, ask
+from support.engine_contract import PROMPT, EngineContract, Rig, ask, until
 from support.serving_adapters import ServingAdapter, make_serving_adapter
 from support.sglang_rig import SglangRig, running_sglang
 from support.tiny_models import make_tiny_llama
@@ -245,8 +245,7 @@ async def test_limits_are_those_of_the_engine(sglang: SglangRig) -> None:
 async def test_dead_engine_process_ends_streams_and_makes_the_replica_sick(host: EngineHost, sglang: SglangRig) -> None:
     """Last of this module: it takes the engine with it."""
     stream = asyncio.create_task(ask(host, max_new_tokens=480))
-    while not host.num_running:
-        await asyncio.sleep(0)
+    await until(lambda: host.num_running)
     await asyncio.sleep(0.05)
     for pid in sglang.process_ids:
         psutil.Process(pid).kill()

@@ -390,13 +390,13 @@ async def test_a_full_disk_is_told_and_costs_nothing_later(node: Node) -> None:
     if os.geteuid() != 0:
         pytest.skip("mounting a small tmpfs needs root")
     node.cache.mkdir()
-    mounting = await asyncio.create_subprocess_exec("mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", node.cache)
+    mounting = await asyncio.create_subprocess_exec("mount", "-t", "tmpfs", "-o", "size=20k", "tmpfs", node.cache)
     if await mounting.wait() != 0:
         pytest.skip("this machine may not mount a tmpfs")
     try:
         await node.start()
         ref = await node.adapter(0)
-        assert ref.blob.size_bytes > 64 * 1024
+        assert ref.blob.size_bytes > 20 * 1024
         with pytest.raises(ResourceExhausted, match="make room on that disk"):
             await node.ensure(ref)
         assert node.names() == []

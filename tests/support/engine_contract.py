@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
@@ -24,7 +25,7 @@ from mint_engine.host import EngineHost, Generation, HostState, Started
 from mint_engine.prompts import ChatMessage, ChatPrompt, TextPrompt, TokenPrompt
 from support.serving_adapters import ServingAdapter
 
-__all__ = ["PROMPT", "Answer", "EngineContract", "Rig", "ask"]
+__all__ = ["PROMPT", "Answer", "EngineContract", "Rig", "ask", "until"]
 
 PROMPT = TokenPrompt(tuple(range(20, 40)))
 
@@ -80,6 +81,13 @@ async def ask(
         "".join(delta.text for delta in deltas),
         deltas[-1].finish,
     )
+
+
+async def until(condition: Callable[[], object], *, timeout_s: float = 10) -> None:
+    """Wait for something that announces itself nowhere."""
+    async with asyncio.timeout(timeout_s):
+        while not condition():  # noqa: ASYNC110 - there is no event to wait for
+            await asyncio.sleep(0.001)
 
 
 class EngineContract:
@@ -197,9 +205,7 @@ class EngineContract:
         adapter = rig.adapters[0]
         await rig.load(adapter)
         task = asyncio.create_task(ask(rig.host, adapter.digest, max_new_tokens=400))
-        async with asyncio.timeout(10):
-            while not rig.host.num_running:
-                await asyncio.sleep(0)
+        await until(lambda: rig.host.num_running)
         await asyncio.sleep(0.05)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -221,9 +227,13 @@ class EngineContract:
             digest=adapter.digest,
             sampling=Sampling(max_new_tokens=450, ignore_eos=True),
         )
-        with pytest.raises(DeadlineExceeded):
+
+        async def read_slowly() -> None:
             async for _ in rig.host.generate(request, timeout_s=0.05):
                 await asyncio.sleep(0.01)
+
+        with pytest.raises(DeadlineExceeded):
+            await read_slowly()
         assert rig.host.residents()[0].num_references == 0
 
     async def test_what_does_not_fit_is_refused_by_name(self, rig: Rig) -> None:

@@ -42,7 +42,8 @@ class FakePrompts:
 
 
 class FakeEngine:
-    """Keeps digests, streams tokens derived from (digest, prompt); every misuse that SGLang would not survive raises."""
+    """Keeps digests, streams tokens derived from (digest, prompt); every misuse that SGLang would not survive
+    raises."""
 
     def __init__(self, limits: EngineLimits = FAKE_LIMITS) -> None:
         self._limits = limits

@@ -108,9 +108,11 @@ def _cached(model_id: str, source: str, make: Callable[[Path], None]) -> LocalMo
 def _describe(name: BaseModelName, folder: Path, *, fetched: bool) -> LocalModel:
     digest = digest_of_folder(folder)
     try:
-        config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config: Any = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:
         raise InvalidArgument(f"{folder / 'config.json'} is not JSON: {error}", field="model") from None
+    if not isinstance(config, dict):
+        raise InvalidArgument(f"{folder / 'config.json'} is not a JSON object", field="model")
     architectures = config.get("architectures") or [""]
     return LocalModel(name, folder, digest, str(architectures[0]), fetched)
 

@@ -31,8 +31,7 @@ from mint_core.files import atomic_file
 __all__ = ["Credentials", "RunningService", "Snapshot", "StateDir"]
 
 # Below Linux's range for outgoing connections, so that no client's socket sits on a service's port at a restart.
-_PORT_RANGE = range(20_000, 32_000)
-_ATTEMPTS = 10_000
+_PORT_RANGE = range(16_000, 22_700)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -159,7 +158,7 @@ class StateDir:
         kept = self._read_json("ports.json") or {}
         ports: dict[str, int] = {}
         for name in names:
-            candidates = [kept.get(name, 0), *random.sample(_PORT_RANGE, k=_ATTEMPTS)]
+            candidates = [kept.get(name, 0), *random.sample(_PORT_RANGE, k=len(_PORT_RANGE))]
             free = (port for port in candidates if port not in ports.values() and _is_free(port))
             port = next(free, None)
             if port is None:

@@ -47,6 +47,8 @@ class Services:
 
     public: Sequence[Binding] = ()
     runtime: Sequence[Binding] = ()
+    on_drain: Callable[[], None] = lambda: None
+    """Called when draining begins: ends what would never end by itself, such as watches and waiting claims."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +123,7 @@ async def running(
             yield addresses
         finally:
             _log.info("draining", extra={"fields": {"grace_s": settings.grace_s}})
+            services.on_drain()
             await asyncio.gather(*(endpoint.stop(settings.grace_s) for endpoint in endpoints))
 
 

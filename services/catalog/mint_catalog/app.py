@@ -159,7 +159,12 @@ def _services(store: EtcdStore, tables: Tables, codecs: MessageCodecs, hub: Hub,
             registry_service_pb2.DESCRIPTOR.services_by_name["RegistryService"].full_name,
         ),
     ]
-    return Services(public=public, runtime=runtime)
+
+    def on_drain() -> None:
+        hub.close()
+        queue.close()
+
+    return Services(public=public, runtime=runtime, on_drain=on_drain)
 
 
 @contextlib.asynccontextmanager

@@ -73,7 +73,13 @@ class RunQueue:
         self._tables = tables
         self._signal = signal
         self._max_attempts = max_attempts
+        self._closed = False
         self._transactions = Transactions(store, tables.keys)
+
+    def close(self) -> None:
+        """Let waiting claims answer without a run: the process is about to stop."""
+        self._closed = True
+        self._signal.notify()
 
     async def claim(self, base_model: BaseModelName, holder: str, ttl_s: int, *, wait_s: float) -> Claim | None:
         """Claim the first run of the queue whose policy nobody trains; wait for one at most ``wait_s``.
@@ -86,7 +92,7 @@ class RunQueue:
             seen = self._signal.count
             claim = await self._claim_first(base_model, holder, ttl_s)
             remaining_s = until - asyncio.get_running_loop().time()
-            if claim is not None or remaining_s <= 0:
+            if claim is not None or remaining_s <= 0 or self._closed:
                 return claim
             await self._signal.wait(seen, timeout_s=min(remaining_s, _POLL_S))
 
@@ -255,10 +261,14 @@ class RunQueue:
 
         async def body(draft: Draft) -> Answer[Run]:
             nonlocal lease
+            repeated = await self._finished(draft, name, fence)
+            if repeated is not None:
+                return repeated
             refs, run = await self._fenced(draft, name, fence)
             held = draft.get(refs.lease)
             lease = held.lease if held else 0
-            run = replace(run, published_revision=published or run.published_revision)
+            published_revision = published or run.published_revision
+            run = replace(run, published_revision=published_revision, finished_fence=fence.token)
             draft.delete(refs.lease)
             if outcome.state is RunState.FAILED and outcome.retriable:
                 return self._requeue(draft, refs, run, outcome.error or "failed")
@@ -268,9 +278,18 @@ class RunQueue:
             return draft.put(refs.run, ended(run, outcome.state, kind=kind, message=message, error=outcome.error))
 
         run = (await self._transactions.run(body, self._tables.codecs.run)).record
-        with contextlib.suppress(Unavailable):  # its key is gone; the bare lease runs out by itself
-            await self._store.revoke(lease)
+        if lease:
+            with contextlib.suppress(Unavailable):  # its key is gone; the bare lease runs out by itself
+                await self._store.revoke(lease)
         return run
+
+    async def _finished(self, draft: Draft, name: RunName, fence: Fence) -> Answer[Run] | None:
+        """The stored run if this very claim was finished before: the answer was lost, the call is repeated."""
+        ref = self._tables.run(name)
+        await draft.fetch(ref)
+        run = draft.get(ref)
+        known = run is not None and run.policy == fence.resource and 0 < fence.token == run.finished_fence
+        return Answer(ref, run) if known else None
 
     def _requeue(self, draft: Draft, refs: _Refs, run: Run, error: str) -> Answer[Run]:
         """Put a claimed run back into the queue, or end it when it was cancelled or has used up its attempts."""

@@ -149,6 +149,7 @@ class Run:
     create_time: datetime | None = None
     end_time: datetime | None = None
     policy_uid: str = ""
+    finished_fence: int = 0
     mod_revision: int = 0
 
     @property

@@ -60,8 +60,8 @@ async def follow(hub: Hub, keys: Keys, families: tuple[str, ...], notify: Callab
 
     async def one(family: str) -> None:
         prefix = keys.family(family)
-        while True:
-            with contextlib.suppress(RevisionCompacted):
+        while not hub.closed:
+            with contextlib.suppress(RevisionCompacted, Unavailable):
                 feed = hub.subscribe(prefix, prefix_end(prefix), after=None)
                 async with contextlib.aclosing(feed):
                     async for revision in feed:

@@ -126,6 +126,7 @@ class Hub:
         self._num_recent = 0
         self._recent_after = 0
         self._moved = asyncio.Event()
+        self._closed = False
         self.tick_revision = 0
         """mod_revision of the last tick seen."""
 
@@ -133,6 +134,18 @@ class Hub:
     def position(self) -> int:
         """Every change up to this revision of the store has been handed out."""
         return self._position
+
+    @property
+    def closed(self) -> bool:
+        """Whether the process is about to stop."""
+        return self._closed
+
+    def close(self) -> None:
+        """End every subscription: the process is about to stop."""
+        self._closed = True
+        self._signal()
+        for subscriber in self._subscribers:
+            subscriber.wake.set()
 
     async def run(self) -> None:
         """Follow the store for ever; one task of the process."""
@@ -197,13 +210,13 @@ class Hub:
     async def subscribe(self, start: bytes, end: bytes, *, after: int | None) -> AsyncGenerator[Revision, None]:
         """Every revision after ``after`` (None: from now) that changes ``[start, end)``; without changes a bookmark.
 
-        Raises :class:`RevisionCompacted`.
+        Raises :class:`RevisionCompacted`, and :class:`Unavailable` when the process stops.
         """
-        while True:
+        while not self._closed:
             subscriber = _Subscriber(start, end)
             self._subscribers.add(subscriber)
             try:
-                while self._position == 0:
+                while self._position == 0 and not self._closed:
                     await self._moved.wait()
                 if after is None:
                     after = self._position
@@ -220,6 +233,9 @@ class Hub:
                     raise _compacted(after)
             finally:
                 self._subscribers.discard(subscriber)
+        raise Unavailable(
+            "the catalog is stopping; watch again from the last catalog_revision received", retry_after_s=0.5
+        )
 
     async def _past(self, start: bytes, end: bytes, *, after: int) -> AsyncGenerator[Revision, None]:
         """What the hub has handed out already; ends with a bookmark at the hub's position."""
@@ -258,7 +274,7 @@ class Hub:
                 revision = subscriber.queue.popleft()
                 subscriber.num_queued -= len(revision.changes)
                 yield revision
-            if subscriber.overflowed or subscriber.failed:
+            if subscriber.overflowed or subscriber.failed or self._closed:
                 return
             subscriber.wake.clear()
             await subscriber.wake.wait()

@@ -78,7 +78,7 @@ async def build(settings: EngineSettings) -> AsyncIterator[Services]:
             stack.push_async_callback(_stop, asyncio.create_task(registration.run(), name="registration"))
         servicer = EngineServicer(host, replica, max_generate_s=settings.max_generate_s)
         add = engine_service_pb2_grpc.add_EngineServiceServicer_to_server
-        yield Services(runtime=[Binding(add, servicer, _SERVICE.full_name)])
+        yield Services(runtime=[Binding(add, servicer, _SERVICE.full_name)], on_drain=host.begin_drain)
 
 
 async def check_registered(settings: EngineSettings, digest: str) -> None:

@@ -249,7 +249,8 @@ class SglangEngine:
 
 
 def _release(engine: Any) -> None:
-    """Close what SGLang leaves to the end of the process: its sockets with their contexts, and the loop of its thread."""
+    """Close what SGLang leaves to the end of the process: its sockets with their contexts, and the loop of its
+    thread."""
     manager = engine.tokenizer_manager
     contexts = {
         socket.context

@@ -16,6 +16,7 @@ from mint_core.errors import (
     BlobCorrupt,
     Cancelled,
     DeadlineExceeded,
+    FailedPrecondition,
     Internal,
     InvalidArgument,
     MintError,
@@ -237,8 +238,9 @@ class Generation:
             await self._loaders.ensure(replica, call.tenant, resolution)
         except InvalidArgument as error:
             self._router.note_absent(replica, resolution.digest)
-            raise BlobCorrupt(
-                f"the stored adapter of {resolution.revision} cannot be loaded: {error.message}",
+            # The bytes are what was published, so this is no loss of data: they never fitted this base.
+            raise FailedPrecondition(
+                f"the adapter of {resolution.revision} does not fit its base: {error.message}",
                 metadata={"digest": resolution.digest, "object_key": resolution.object_key},
             ) from error
         except DeadlineExceeded as error:

@@ -231,11 +231,15 @@ class DiskCache:
             size_bytes = await _to_the_end(asyncio.to_thread(_seal, workspace.entry))
             await SEALED.reached()
             await _to_the_end(self._admit(workspace.entry, digest, size_bytes, reservation))
-        except OSError as error:
-            raise _disk_error(error, workspace.folder) from error
+        except BaseException as error:
+            await _to_the_end(asyncio.to_thread(shutil.rmtree, workspace.folder, ignore_errors=True))
+            if isinstance(error, OSError):
+                raise _disk_error(error, workspace.folder) from error
+            raise
+        else:
+            self._remove(workspace.folder, 0)
         finally:
             self._release(reservation)
-            self._remove(workspace.folder, 0)
         await PUBLISHED.reached()
 
     async def _admit(self, made: Path, digest: str, size_bytes: int, reservation: _Reservation) -> None:

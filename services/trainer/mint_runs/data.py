@@ -61,27 +61,27 @@ def parse_examples(lines: Iterable[bytes], *, source: str) -> list[Example]:
         except LineProblem as problem:
             problems.append((number, str(problem)))
     if problems:
-        raise bad_lines(source, problems)
+        raise bad_lines(source, problems, expected=EXPECTED)
     if not examples:
         raise InvalidArgument(f"{source} has no example: {EXPECTED}", field=source)
     return examples
 
 
-def bad_lines(source: str, problems: list[tuple[int, str]]) -> InvalidArgument:
+def bad_lines(source: str, problems: list[tuple[int, str]], *, expected: str) -> InvalidArgument:
     """The error for unusable lines (number and problem): the first one in full, the others by number."""
     number, problem = problems[0]
     others = [str(other) for other, _ in problems[1 : _MAX_LISTED + 1]]
     hidden = len(problems) - 1 - len(others)
     more = f"; also bad: line {', '.join(others)}" if others else ""
     more += f" and {hidden} more" if hidden > 0 else ""
-    return InvalidArgument(f"{source} line {number}: {problem}; {EXPECTED}{more}", field=source)
+    return InvalidArgument(f"{source} line {number}: {problem}; {expected}{more}", field=source)
 
 
 def _parse_line(line: bytes, number: int) -> Example:
     try:
-        value: Any = json.loads(line.decode("utf-8"))
+        value: Any = json.loads(line.decode("utf-8").strip())
     except UnicodeDecodeError as error:
-        raise LineProblem(f"not UTF-8 at byte {error.start}") from None
+        raise LineProblem(f"not UTF-8 at byte {error.start + 1}") from None
     except json.JSONDecodeError as error:
         raise LineProblem(f"not JSON: {error.msg} at column {error.colno}") from None
     except RecursionError:

@@ -61,7 +61,7 @@ def tokenize_examples(
                 problems.append((example.line, f"has {len(done.token_ids)} tokens, max_tokens is {max_tokens}"))
             tokenized.append(done)
     if problems:
-        raise bad_lines(source, problems)
+        raise bad_lines(source, problems, expected="correct, shorten or leave out such examples")
     return tokenized
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 
+from unit.catalog.memory_store import MemoryStore
+
 from mint_catalog.aliases import Aliases, Move
 from mint_catalog.base_models import BaseModels
 from mint_catalog.blobs import Blobs
@@ -24,7 +26,6 @@ from mint_catalog.runs import Runs
 from mint_catalog.signals import Signal
 from mint_catalog.tables import Tables
 from mint_core.names import AliasName, BaseModelName, BlobName, PolicyName, RevisionName, RunName, TenantName
-from unit.catalog.memory_store import MemoryStore
 
 __all__ = ["BASE", "BASE_DIGEST", "POLICY", "TENANT", "Lab", "digest_of"]
 

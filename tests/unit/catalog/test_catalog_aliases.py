@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+from unit.catalog.catalog_lab import BASE, BASE_DIGEST, POLICY, Lab, digest_of
 
 from mint_catalog.records import Resolution
 from mint_core.errors import (
@@ -15,7 +16,6 @@ from mint_core.errors import (
     WrongState,
 )
 from mint_core.names import AliasName, RevisionName
-from unit.catalog.catalog_lab import BASE, BASE_DIGEST, POLICY, Lab, digest_of
 
 LIVE = AliasName("acme", "tone", "live")
 

@@ -97,7 +97,16 @@ FULL = {
     "evaluation": (
         TABLES.evaluation(EvaluationName("acme", "tone", "e"), "uid"),
         Evaluation(
-            EvaluationName("acme", "tone", "e"), "r", DIGEST, "exact", DIGEST, 3, {"loss": 0.5, "a": -1.0}, "run", TIME, 7
+            EvaluationName("acme", "tone", "e"),
+            "r",
+            DIGEST,
+            "exact",
+            DIGEST,
+            3,
+            {"loss": 0.5, "a": -1.0},
+            "run",
+            TIME,
+            7,
         ),
     ),
     "policy": (
@@ -161,6 +170,7 @@ FULL = {
             create_time=TIME,
             end_time=TIME,
             policy_uid="uid",
+            finished_fence=8,
             mod_revision=7,
         ),
     ),

@@ -1,12 +1,12 @@
 from __future__ import annotations
 
 import pytest
+from unit.catalog.catalog_lab import BASE, TENANT, Lab
 
 from mint_catalog import policy_filter
 from mint_catalog.records import Policy, PolicyState
 from mint_core.errors import InvalidArgument, RevisionCompacted, Unavailable
 from mint_core.names import PolicyName, TenantName
-from unit.catalog.catalog_lab import BASE, TENANT, Lab
 
 
 async def _filled(num: int) -> Lab:
@@ -125,7 +125,8 @@ def test_filters_that_do_not_hold(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["x", "owner", "owner =", "owner = ada OR state = ACTIVE", "uid = 1", "state = GONE", "a = b AND", "y" * 3000]
+    "text",
+    ["x", "owner", "owner =", "owner = ada OR state = ACTIVE", "uid = 1", "state = GONE", "a = b AND", "y" * 3000],
 )
 def test_bad_filters_name_the_place(text: str) -> None:
     with pytest.raises(InvalidArgument) as caught:

@@ -4,12 +4,12 @@ import asyncio
 from dataclasses import replace
 
 import pytest
+from unit.catalog.catalog_lab import BASE, BASE_DIGEST, POLICY, TENANT, Lab
 
 from mint_catalog.records import BaseModel, LoraConfig, Policy, PolicyState, TrainingState
 from mint_catalog.store import Put
 from mint_core.errors import AlreadyExists, EtagMismatch, InvalidArgument, NotFound, WrongState
 from mint_core.names import PolicyName, RevisionName
-from unit.catalog.catalog_lab import BASE, BASE_DIGEST, POLICY, TENANT, Lab
 
 
 async def _wanted(lab: Lab, **changes: object) -> Policy:

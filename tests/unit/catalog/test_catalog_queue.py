@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from unit.catalog.catalog_lab import BASE, POLICY, TENANT, Lab, digest_of
 
 from mint_catalog.queue import Outcome
 from mint_catalog.records import BlobRef, Fence, PolicyState, TrainingState
@@ -30,7 +31,6 @@ from mint_core.errors import (
     WrongState,
 )
 from mint_core.names import PolicyName, RunName
-from unit.catalog.catalog_lab import BASE, POLICY, TENANT, Lab, digest_of
 
 R1 = RunName("acme", "r1")
 OTHER = PolicyName("acme", "other")
@@ -216,7 +216,24 @@ async def test_a_failure_that_a_retry_would_not_mend_ends_it() -> None:
     run = await lab.queue.finish(R1, fence, Outcome(RunState.FAILED, "INVALID_FIELD: line 3"))
     assert (run.state, run.error) == (RunState.FAILED, "INVALID_FIELD: line 3")
     with pytest.raises(WrongState):
-        await lab.queue.finish(R1, fence, Outcome(RunState.SUCCEEDED))
+        await lab.queue.report(R1, fence, RunProgress(1), ())
+
+
+async def test_a_repeated_finish_answers_the_stored_run() -> None:
+    lab = await _lab()
+    await lab.run()
+    _, first = await lab.claimed()
+    retry = Outcome(RunState.FAILED, "UNAVAILABLE: x", retriable=True)
+    requeued = await lab.queue.finish(R1, first, retry)
+    assert await lab.queue.finish(R1, first, retry) == requeued
+    claim, second = await lab.claimed()
+    assert (await lab.queue.finish(R1, first, retry)).num_attempts == claim.run.num_attempts == 2
+    done = await lab.queue.finish(R1, second, Outcome(RunState.SUCCEEDED))
+    before = lab.store.revision
+    assert await lab.queue.finish(R1, second, Outcome(RunState.SUCCEEDED)) == done
+    assert lab.store.revision == before
+    with pytest.raises(WrongState):
+        await lab.queue.finish(R1, first, retry)
 
 
 async def test_each_attempt_starts_from_the_same_state() -> None:

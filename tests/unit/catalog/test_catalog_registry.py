@@ -3,6 +3,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from unit.catalog.catalog_lab import BASE, BASE_DIGEST, POLICY, Lab, digest_of
 
 from mint_catalog.records import EngineReplica, EngineReplicaState, Evaluation, Fence, Numerics
 from mint_core.errors import (
@@ -14,7 +15,6 @@ from mint_core.errors import (
     NotFound,
 )
 from mint_core.names import BaseModelName, EngineReplicaName, EvaluationName
-from unit.catalog.catalog_lab import BASE, BASE_DIGEST, POLICY, Lab, digest_of
 
 E1 = EngineReplicaName("e1")
 REPLICA = EngineReplica(

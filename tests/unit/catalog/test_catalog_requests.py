@@ -4,12 +4,12 @@ import asyncio
 import uuid
 
 import pytest
+from unit.catalog.catalog_lab import POLICY, Lab
 
 from mint_catalog import requests as requests_module
 from mint_catalog.keys import Keys
 from mint_catalog.requests import Request
 from mint_core.errors import InvalidArgument, RequestIdReused
-from unit.catalog.catalog_lab import POLICY, Lab
 
 
 def _request(request_id: str = "", *, method: str = "Create", principal: str = "ada", payload: bytes = b"p") -> Request:

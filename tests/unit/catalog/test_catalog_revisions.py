@@ -5,6 +5,7 @@ import itertools
 from dataclasses import replace
 
 import pytest
+from unit.catalog.catalog_lab import BASE_DIGEST, POLICY, Lab, digest_of
 
 from mint_catalog.records import BlobRef, BlobState, Fence, Lineage, LoraConfig, Revision, RevisionState
 from mint_catalog.store import Put
@@ -21,7 +22,6 @@ from mint_core.errors import (
     WrongState,
 )
 from mint_core.names import BlobName, RevisionName
-from unit.catalog.catalog_lab import BASE_DIGEST, POLICY, Lab, digest_of
 
 RUN = "tenants/acme/runs/r1"
 FIRST = RevisionName("acme", "tone", 1)

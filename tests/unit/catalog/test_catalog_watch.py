@@ -5,6 +5,7 @@ import contextlib
 from collections.abc import AsyncIterator
 
 import pytest
+from unit.catalog.catalog_lab import POLICY, TENANT, Lab
 
 from mint_catalog.changes import Changes, Event, EventType
 from mint_catalog.signals import Signal
@@ -13,14 +14,13 @@ from mint_catalog.upkeep import compact_history, follow, keep_ticking
 from mint_catalog.watch import Hub
 from mint_core.errors import InvalidArgument, NotFound, RevisionCompacted
 from mint_core.names import PolicyName, RunName
-from unit.catalog.catalog_lab import POLICY, TENANT, Lab
 
 
 @contextlib.asynccontextmanager
 async def _hub(lab: Lab, **options: int) -> AsyncIterator[Hub]:
     hub = Hub(lab.store, lab.keys, **options)
     task = asyncio.create_task(hub.run())
-    while hub.position == 0:
+    while hub.position == 0:  # noqa: ASYNC110 - every turn of the loop matters here
         await asyncio.sleep(0)
     try:
         yield hub
@@ -39,7 +39,7 @@ async def _tick(lab: Lab) -> int:
 
 
 async def _settled(lab: Lab, hub: Hub) -> None:
-    while hub.position < lab.store.revision:
+    while hub.position < lab.store.revision:  # noqa: ASYNC110 - every turn of the loop matters here
         await asyncio.sleep(0)
 
 

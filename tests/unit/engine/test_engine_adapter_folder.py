@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 from pathlib import Path
 
@@ -111,9 +110,7 @@ def test_what_the_loader_writes_passes(tmp_path: Path, shapes: dict[str, tuple[i
         ({**ROUTED, **experts("gate_proj", 13, 16)}, "gate_proj has"),
     ],
 )
-def test_what_the_base_does_not_have_is_named(
-    tmp_path: Path, shapes: dict[str, tuple[int, int]], message: str
-) -> None:
+def test_what_the_base_does_not_have_is_named(tmp_path: Path, shapes: dict[str, tuple[int, int]], message: str) -> None:
     path, digest = make(tmp_path, shapes)
     with pytest.raises(InvalidArgument, match=message):
         check_adapter_folder(path, digest, RULES)
@@ -164,7 +161,7 @@ def test_missing_files_and_folders_and_links(tmp_path: Path) -> None:
     with pytest.raises(InvalidArgument, match="link"):
         check_adapter_folder(tmp_path / "link", digest, RULES)
     weights = path / "adapter_model.safetensors"
-    os.rename(weights, tmp_path / "elsewhere")
+    weights.rename(tmp_path / "elsewhere")
     with pytest.raises(InvalidArgument, match="missing"):
         check_adapter_folder(path, digest, RULES)
     weights.symlink_to(tmp_path / "elsewhere")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from types import SimpleNamespace
 
 import numpy as np
@@ -75,7 +76,7 @@ def test_seeds_are_taken_from_the_requests() -> None:
 
 def segments(lengths: list[int]) -> list[slice]:
     starts = np.cumsum([0, *lengths])
-    return [slice(int(start), int(stop)) for start, stop in zip(starts, starts[1:], strict=False)]
+    return [slice(int(start), int(stop)) for start, stop in itertools.pairwise(starts)]
 
 
 @pytest.mark.parametrize(
@@ -99,7 +100,7 @@ def test_batched_lora_equals_one_product_per_segment(slots: list[int], lengths: 
     expected = base.clone()
     for slot, rows in zip(slots, segments(lengths), strict=True):
         rank = ranks[slot]
-        for index, (low, high) in enumerate(zip(offsets, offsets[1:], strict=False)):
+        for index, (low, high) in enumerate(itertools.pairwise(offsets)):
             reduced = inputs[rows] @ a[slot, index * rank : (index + 1) * rank].T * scalings[slot]
             expected[rows, low:high] += reduced @ b[slot, low:high, :rank].T
     tensors = (torch.tensor(slots), torch.tensor(lengths), torch.tensor(ranks))

@@ -37,9 +37,7 @@ def test_examples(pieces: list[str], stops: list[str], streamed: list[str], whol
     st.lists(st.text("abc", max_size=4), max_size=12),
     st.lists(st.text("abc", min_size=1, max_size=4), max_size=3),
 )
-def test_result_is_the_text_before_the_first_stop_and_pieces_do_not_matter(
-    pieces: list[str], stops: list[str]
-) -> None:
+def test_result_is_the_text_before_the_first_stop_and_pieces_do_not_matter(pieces: list[str], stops: list[str]) -> None:
     text = "".join(pieces)
     streamed, whole = run(pieces, stops)
     ends = [place for stop in stops if (place := text.find(stop)) >= 0]

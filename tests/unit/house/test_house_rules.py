@@ -57,9 +57,11 @@ def test_services_without_tensors_never_load_torch(service: str) -> None:
 
 
 def test_domain_modules_never_see_grpc_or_generated_types() -> None:
-    borders = {"app", "clients", "codec", "registration", "service", "servicers", "__main__"}
+    borders = {"app", "clients", "codec", "codecs", "registration", "replica", "service", "servicers", "__main__"}
+    borders |= {"etcd", "watch"}  # the catalog's other border: etcd speaks gRPC too
     offenders = []
-    for room in (room for room in ROOMS if room.parent.parent.name == "services"):
+    # mint_runs has no servicer: it is a client through and through, and the contract's messages are its language.
+    for room in (room for room in ROOMS if room.parent.parent.name == "services" and room.name != "mint_runs"):
         for path in room.rglob("*.py"):
             if borders & set(path.relative_to(room).with_suffix("").parts):
                 continue

@@ -16,6 +16,7 @@ from mint_core.errors import (
     BlobCorrupt,
     Cancelled,
     DeadlineExceeded,
+    FailedPrecondition,
     Internal,
     InvalidArgument,
     MintError,
@@ -472,9 +473,12 @@ async def test_a_damaged_adapter_is_data_loss(at: Setting) -> None:
     at.loaders.error = BlobCorrupt("bad bytes")
     _, error = await at.failure()
     assert isinstance(error, BlobCorrupt)
+
+
+async def test_an_adapter_that_does_not_fit_its_base_is_no_loss_of_data(at: Setting) -> None:
     at.loaders.error = InvalidArgument("not a packed adapter", field="layout")
     _, error = await at.failure()
-    assert isinstance(error, BlobCorrupt)
+    assert type(error) is FailedPrecondition
     assert "not a packed adapter" in error.message
 
 

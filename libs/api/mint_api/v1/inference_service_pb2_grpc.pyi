@@ -40,6 +40,7 @@ class InferenceServiceStub:
     * INVALID_ARGUMENT / INVALID_FIELD: bad model name, prompt or sampling parameter; prompt too long.
     * NOT_FOUND / RESOURCE_NOT_FOUND: no such policy, alias or revision. The base never answers instead.
     * FAILED_PRECONDITION / BASE_MODEL_MISMATCH: no engine holds the base this revision fits.
+    * FAILED_PRECONDITION / PRECONDITION_FAILED: the revision's adapter does not fit the base it was published for.
     * RESOURCE_EXHAUSTED / LIMIT_EXCEEDED: no slot or quota.
     * UNAVAILABLE: no healthy engine, or it was lost in mid-stream.
     * DATA_LOSS / BLOB_CORRUPT: the stored adapter is damaged.
@@ -64,6 +65,7 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     * INVALID_ARGUMENT / INVALID_FIELD: bad model name, prompt or sampling parameter; prompt too long.
     * NOT_FOUND / RESOURCE_NOT_FOUND: no such policy, alias or revision. The base never answers instead.
     * FAILED_PRECONDITION / BASE_MODEL_MISMATCH: no engine holds the base this revision fits.
+    * FAILED_PRECONDITION / PRECONDITION_FAILED: the revision's adapter does not fit the base it was published for.
     * RESOURCE_EXHAUSTED / LIMIT_EXCEEDED: no slot or quota.
     * UNAVAILABLE: no healthy engine, or it was lost in mid-stream.
     * DATA_LOSS / BLOB_CORRUPT: the stored adapter is damaged.
@@ -91,6 +93,7 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         * INVALID_ARGUMENT / INVALID_FIELD: bad model name, prompt or sampling parameter; prompt too long.
         * NOT_FOUND / RESOURCE_NOT_FOUND: no such policy, alias or revision. The base never answers instead.
         * FAILED_PRECONDITION / BASE_MODEL_MISMATCH: no engine holds the base this revision fits.
+        * FAILED_PRECONDITION / PRECONDITION_FAILED: the revision's adapter does not fit the base it was published for.
         * RESOURCE_EXHAUSTED / LIMIT_EXCEEDED: no slot or quota.
         * UNAVAILABLE: no healthy engine, or it was lost in mid-stream.
         * DATA_LOSS / BLOB_CORRUPT: the stored adapter is damaged.

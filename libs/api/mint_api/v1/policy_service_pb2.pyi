@@ -137,10 +137,12 @@ class Policy(_message.Message):
     next_revision_number: _builtins.int
     """Output only. Number that the next published revision gets; never reused."""
     etag: _builtins.str
-    """Output only on reads; on writes: fail with ETAG_MISMATCH unless it still is the current one."""
+    """Output only on reads; on writes: fail with ETAG_MISMATCH unless it still is the current one. It changes with
+    every write to the policy, its training state, its revisions and its aliases.
+    """
     @_builtins.property
     def lora(self) -> _common_pb2.LoraConfig:
-        """The adapter's hyper-parameters. Immutable once a revision exists."""
+        """The adapter's hyper-parameters; absent means rank 16. Immutable once a training state or revision exists."""
 
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
@@ -492,7 +494,9 @@ class ListPoliciesRequest(_message.Message):
     page_token: _builtins.str
     """From the previous page."""
     filter: _builtins.str
-    """Restriction on base model, labels, state or alias; empty means all."""
+    """Conditions joined by AND on base_model, labels.KEY, owner and state, for example
+    `labels.team = "search" AND state = ACTIVE`; without one on state, deleted policies are left out.
+    """
     order_by: _builtins.str
     """Ordering; empty means the store's own."""
     @_builtins.property

@@ -118,7 +118,7 @@ class PolicyServiceServicer:
         * INVALID_ARGUMENT / INVALID_FIELD: bad field or an immutable one in the mask.
         * NOT_FOUND / RESOURCE_NOT_FOUND: no such policy.
         * ABORTED / ETAG_MISMATCH: changed since it was read.
-        * FAILED_PRECONDITION / WRONG_STATE: the policy is deleted, or lora changes after the first revision.
+        * FAILED_PRECONDITION / WRONG_STATE: lora changes after the first training state or revision.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

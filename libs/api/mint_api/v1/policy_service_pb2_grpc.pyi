@@ -57,7 +57,7 @@ class PolicyServiceStub:
     * INVALID_ARGUMENT / INVALID_FIELD: bad field or an immutable one in the mask.
     * NOT_FOUND / RESOURCE_NOT_FOUND: no such policy.
     * ABORTED / ETAG_MISMATCH: changed since it was read.
-    * FAILED_PRECONDITION / WRONG_STATE: the policy is deleted, or lora changes after the first revision.
+    * FAILED_PRECONDITION / WRONG_STATE: lora changes after the first training state or revision.
     """
     DeletePolicy: _grpc.UnaryUnaryMultiCallable[_policy_service_pb2.DeletePolicyRequest, _policy_service_pb2.DeletePolicyResponse]
     """Deletes a policy; its name resolves to NOT_FOUND at once.
@@ -128,7 +128,7 @@ class PolicyServiceAsyncStub(PolicyServiceStub):
     * INVALID_ARGUMENT / INVALID_FIELD: bad field or an immutable one in the mask.
     * NOT_FOUND / RESOURCE_NOT_FOUND: no such policy.
     * ABORTED / ETAG_MISMATCH: changed since it was read.
-    * FAILED_PRECONDITION / WRONG_STATE: the policy is deleted, or lora changes after the first revision.
+    * FAILED_PRECONDITION / WRONG_STATE: lora changes after the first training state or revision.
     """
     DeletePolicy: _aio.UnaryUnaryMultiCallable[_policy_service_pb2.DeletePolicyRequest, _policy_service_pb2.DeletePolicyResponse]  # type: ignore[assignment]
     """Deletes a policy; its name resolves to NOT_FOUND at once.
@@ -214,7 +214,7 @@ class PolicyServiceServicer(metaclass=_abc_1.ABCMeta):
         * INVALID_ARGUMENT / INVALID_FIELD: bad field or an immutable one in the mask.
         * NOT_FOUND / RESOURCE_NOT_FOUND: no such policy.
         * ABORTED / ETAG_MISMATCH: changed since it was read.
-        * FAILED_PRECONDITION / WRONG_STATE: the policy is deleted, or lora changes after the first revision.
+        * FAILED_PRECONDITION / WRONG_STATE: lora changes after the first training state or revision.
         """
 
     @_abc_1.abstractmethod

@@ -454,6 +454,7 @@ class Run(_message.Message):
     END_TIME_FIELD_NUMBER: _builtins.int
     ETAG_FIELD_NUMBER: _builtins.int
     POLICY_UID_FIELD_NUMBER: _builtins.int
+    FINISHED_FENCE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """tenants/{tenant}/runs/{run}"""
     policy: _builtins.str
@@ -480,6 +481,8 @@ class Run(_message.Message):
     """Output only."""
     policy_uid: _builtins.str
     """Output only. uid of the policy; a run does not outlive it."""
+    finished_fence: _builtins.int
+    """Output only. Fence of the claim that was last finished; a repeated FinishRun is known by it."""
     @_builtins.property
     def sft(self) -> Global___SftRecipe:
         """Supervised fine-tuning."""
@@ -546,10 +549,11 @@ class Run(_message.Message):
         end_time: _timestamp_pb2.Timestamp | None = ...,
         etag: _builtins.str = ...,
         policy_uid: _builtins.str = ...,
+        finished_fence: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "dpo", b"dpo", "end_time", b"end_time", "evaluation", b"evaluation", "grpo", b"grpo", "initial_training_state", b"initial_training_state", "latest_training_state", b"latest_training_state", "progress", b"progress", "recipe", b"recipe", "sft", b"sft"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["continue_from_latest", b"continue_from_latest", "create_time", b"create_time", "dpo", b"dpo", "end_time", b"end_time", "error", b"error", "etag", b"etag", "evaluation", b"evaluation", "events", b"events", "grpo", b"grpo", "initial_training_state", b"initial_training_state", "latest_training_state", b"latest_training_state", "name", b"name", "num_attempts", b"num_attempts", "policy", b"policy", "policy_uid", b"policy_uid", "priority", b"priority", "progress", b"progress", "promote_alias", b"promote_alias", "publish", b"publish", "published_revision", b"published_revision", "recipe", b"recipe", "sft", b"sft", "state", b"state", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["continue_from_latest", b"continue_from_latest", "create_time", b"create_time", "dpo", b"dpo", "end_time", b"end_time", "error", b"error", "etag", b"etag", "evaluation", b"evaluation", "events", b"events", "finished_fence", b"finished_fence", "grpo", b"grpo", "initial_training_state", b"initial_training_state", "latest_training_state", b"latest_training_state", "name", b"name", "num_attempts", b"num_attempts", "policy", b"policy", "policy_uid", b"policy_uid", "priority", b"priority", "progress", b"progress", "promote_alias", b"promote_alias", "publish", b"publish", "published_revision", b"published_revision", "recipe", b"recipe", "sft", b"sft", "state", b"state", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_recipe: _TypeAlias = _typing.Literal["sft", "grpo", "dpo", "evaluation"]  # noqa: Y015
     _WhichOneofArgType_recipe: _TypeAlias = _typing.Literal["recipe", b"recipe"]  # noqa: Y015

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
+import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -23,6 +25,13 @@ ENTRY_POINTS = {
 _ENVIRONMENT = {
     # Log-probabilities of the model's own distribution, so that generating and scoring the same tokens agree.
     "SGLANG_RETURN_ORIGINAL_LOGPROB": "1",
+}
+
+_CPU_ENVIRONMENT = {
+    CPU_ENGINE_VARIABLE: "1",
+    # SGLang compiles the routing of experts at the first request that needs it: with a C++ compiler, which the machine
+    # may not have, for a minute, in which nothing else is served. Without a GPU there is nothing to win by it.
+    "TORCHDYNAMO_DISABLE": "1",
 }
 
 
@@ -44,6 +53,18 @@ def check_entry_points() -> None:
             )
 
 
+@contextlib.contextmanager
+def _kept_logging() -> Iterator[None]:
+    """SGLang configures the root logger as if the process were its own; put ours back."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    try:
+        yield
+    finally:
+        root.handlers[:] = handlers
+        root.setLevel(level)
+
+
 def launch_engine(arguments: Mapping[str, Any], *, self_check_timeout_ms: int) -> Any:
     """Start the engine, wait until the base is loaded, and have every scheduler prove its hooks.
 
@@ -53,7 +74,7 @@ def launch_engine(arguments: Mapping[str, Any], *, self_check_timeout_ms: int) -
     check_entry_points()
     os.environ.update(_ENVIRONMENT)
     if runs_without_gpu():
-        os.environ[CPU_ENGINE_VARIABLE] = "1"
+        os.environ.update(_CPU_ENVIRONMENT)
     # The first import of SGLang runs the platform entry point; applying the hooks here as well turns what would end a
     # scheduler process into an error of this one.
     from sglang.srt.entrypoints.engine import Engine
@@ -61,7 +82,8 @@ def launch_engine(arguments: Mapping[str, Any], *, self_check_timeout_ms: int) -
     from mint_engine.sglang_plugin.hooks import SELF_CHECK_METHOD, apply_hooks
 
     apply_hooks()
-    engine = Engine(**arguments)
+    with _kept_logging():
+        engine = Engine(**arguments)
     # SGLang's clean-up at exit kills every child of this process; MinT ends the engine's own processes itself.
     atexit.unregister(engine.shutdown)
     import zmq

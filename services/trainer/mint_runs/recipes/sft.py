@@ -82,15 +82,13 @@ def learning_rate(plan: SftPlan, step: int) -> float:
 
 
 async def run_sft(attempt: Attempt) -> Outcome:
-    """Train, save, evaluate, and publish where the run says so."""
+    """Train and save, publish where the run says so, and only then evaluate: serving does not wait for figures."""
     recipe = attempt.run.sft
     plan = SftPlan.of(recipe)
     train_data = await _load(attempt, recipe.train_data, plan, source="train_data")
     eval_data = await _load(attempt, recipe.eval_data, plan, source="eval_data") if recipe.HasField("eval_data") else []
-    state = await _Training(attempt, plan, train_data, eval_data).train()
-    if not attempt.run.publish:
-        return Outcome()
-    return Outcome(await attempt.publish(state, data_digest=recipe.train_data.digest))
+    await _Training(attempt, plan, train_data, eval_data).train()
+    return Outcome(attempt.published_revision)
 
 
 async def _load(attempt: Attempt, blob: common_pb2.BlobRef, plan: SftPlan, *, source: str) -> list[TokenizedExample]:
@@ -128,13 +126,15 @@ class _Training:
             self._state = attempt.run.latest_training_state
             self._progress.CopyFrom(attempt.run.progress)
 
-    async def train(self) -> common_pb2.TrainingState:
-        """Do what is left to do; answers the committed state of the last step."""
+    async def train(self) -> None:
+        """Do what is left to do."""
         lost_at: list[int] = []
         while True:
             try:
                 async with await self._open() as session:
-                    return await self._steps(session)
+                    await self._steps(session)
+                    await self._conclude(session)
+                    return
             except SessionLost as lost:
                 saved_step = self._state.step if self._state else 0
                 lost_at = [*(step for step in lost_at if step == saved_step), saved_step]
@@ -172,27 +172,30 @@ class _Training:
         )
         return session
 
-    async def _steps(self, session: StepSession) -> common_pb2.TrainingState:
+    async def _steps(self, session: StepSession) -> None:
         plan, attempt = self._plan, self._attempt
-        evaluated_step = -1
         for step in range(session.start_step, plan.num_steps):
             attempt.lease.check()
             await self._stop_if_asked(session)
             await self._step(session, step)
             num_done = step + 1
             last = num_done == plan.num_steps
+            if last:
+                attempt.reporter.event("trained", f"step {num_done} was the last optimizer step")
             if last or num_done % plan.save_every_steps == 0:
                 await self._save(session)
-            if self._eval_data and plan.eval_every_steps and num_done % plan.eval_every_steps == 0:
+            if not last and plan.eval_every_steps and num_done % plan.eval_every_steps == 0:
                 await self._evaluate(session)
-                evaluated_step = num_done
             attempt.reporter.progress(self._progress)
-        if self._eval_data and evaluated_step != plan.num_steps:
-            await self._evaluate(session)
-            attempt.reporter.progress(self._progress)
-        if self._state is None:
-            raise AssertionError("the last step saves its state")
-        return self._state
+
+    async def _conclude(self, session: StepSession) -> None:
+        """Publish the last step's state, unless this attempt has; evaluate it."""
+        attempt = self._attempt
+        if attempt.run.publish and not attempt.published_revision:
+            assert self._state is not None, "the last step saves its state"
+            await attempt.publish(self._state, data_digest=attempt.run.sft.train_data.digest)
+        await self._evaluate(session)
+        attempt.reporter.progress(self._progress)
 
     async def _step(self, session: StepSession, step: int) -> None:
         examples = self._examples(step)
@@ -223,7 +226,9 @@ class _Training:
         self._progress.saved_step = state.step
 
     async def _evaluate(self, session: StepSession) -> None:
-        """Held-out loss per token, in batches as large as the training ones."""
+        """Held-out loss per token, in batches as large as the training ones; nothing without held-out data."""
+        if not self._eval_data:
+            return
         loss_sum = weight_sum = 0.0
         for start in range(0, len(self._eval_data), self._plan.batch_size):
             batch = self._eval_data[start : start + self._plan.batch_size]

@@ -158,7 +158,7 @@ class WorkServiceServicer:
 
     def FinishRun(self, request, context):
         """Ends a run and releases the policy's lease in the same transaction. A retriable failure puts it back in the
-        queue until its attempts are used up.
+        queue until its attempts are used up. The same call again answers the stored run.
 
         Errors:
         * FAILED_PRECONDITION / LEASE_LOST: the fence was superseded.

@@ -82,7 +82,7 @@ class WorkServiceStub:
     """
     FinishRun: _grpc.UnaryUnaryMultiCallable[_work_service_pb2.FinishRunRequest, _work_service_pb2.FinishRunResponse]
     """Ends a run and releases the policy's lease in the same transaction. A retriable failure puts it back in the
-    queue until its attempts are used up.
+    queue until its attempts are used up. The same call again answers the stored run.
 
     Errors:
     * FAILED_PRECONDITION / LEASE_LOST: the fence was superseded.
@@ -143,7 +143,7 @@ class WorkServiceAsyncStub(WorkServiceStub):
     """
     FinishRun: _aio.UnaryUnaryMultiCallable[_work_service_pb2.FinishRunRequest, _work_service_pb2.FinishRunResponse]  # type: ignore[assignment]
     """Ends a run and releases the policy's lease in the same transaction. A retriable failure puts it back in the
-    queue until its attempts are used up.
+    queue until its attempts are used up. The same call again answers the stored run.
 
     Errors:
     * FAILED_PRECONDITION / LEASE_LOST: the fence was superseded.
@@ -249,7 +249,7 @@ class WorkServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_work_service_pb2.FinishRunResponse, _abc.Awaitable[_work_service_pb2.FinishRunResponse]]:
         """Ends a run and releases the policy's lease in the same transaction. A retriable failure puts it back in the
-        queue until its attempts are used up.
+        queue until its attempts are used up. The same call again answers the stored run.
 
         Errors:
         * FAILED_PRECONDITION / LEASE_LOST: the fence was superseded.

@@ -1,0 +1,250 @@
+"""The command line as people and scripts know it: whatever changes here, changes for them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+
+from mint_api.v1 import common_pb2, policy_service_pb2, run_service_pb2
+from mint_cli.commands.config import _overlay
+from mint_cli.endpoints import find_endpoints
+from mint_cli.failures import error_of
+from mint_cli.main import app, run
+from mint_cli.output import to_plain
+from mint_cli.references import alias_name, model_name, policy_name, short
+from mint_cli.state import RunningService, Snapshot, StateDir
+from mint_core.errors import EtagMismatch, FailedPrecondition, InvalidArgument, MintError
+
+_CATALOG = ["--catalog", "--json", "--state-dir"]
+
+SURFACE = {
+    "": ["--version"],
+    "alias promote": ["ALIAS", "REVISION", "--etag", "--min-resident-replicas", "--reason", *_CATALOG],
+    "alias rollback": ["ALIAS", "--etag", "--reason", "--to", *_CATALOG],
+    "config show": ["--json", "--state-dir"],
+    "down": ["--json", "--state-dir"],
+    "generate": [
+        "MODEL",
+        "PROMPT",
+        "--chat",
+        "--inference",
+        "--json",
+        "--logprobs",
+        "--max-new-tokens",
+        "--seed",
+        "--state-dir",
+        "--sticky-key",
+        "--stream",
+        "--system",
+        "--temperature",
+        "--tenant",
+        "--top-p",
+    ],
+    "model fetch": ["[MODEL]", "--json"],
+    "policy create": [
+        "POLICY",
+        "--alpha",
+        "--base-model",
+        "--description",
+        "--init-seed",
+        "--label",
+        "--owner",
+        "--rank",
+        "--target-module",
+        *_CATALOG,
+    ],
+    "policy describe": ["POLICY", *_CATALOG],
+    "policy list": ["TENANT", *_CATALOG],
+    "revision list": ["POLICY", *_CATALOG],
+    "status": ["--json", "--state-dir"],
+    "train sft": [
+        "POLICY",
+        "--batch-size",
+        "--continue",
+        "--data",
+        "--eval-data",
+        "--eval-every",
+        "--exporter",
+        "--learning-rate",
+        "--max-grad-norm",
+        "--max-tokens",
+        "--promote",
+        "--publish/--no-publish",
+        "--run-id",
+        "--save-every",
+        "--seed",
+        "--steps",
+        "--warmup-steps",
+        "--watch",
+        "--weight-decay",
+        *_CATALOG,
+    ],
+    "up": ["--base", "--dtype", "--foreground", "--json", "--max-lora-rank", "--state-dir", "--timeout-s"],
+}
+
+
+def commands(command: Any, path: str = "") -> Iterator[tuple[str, list[str]]]:
+    parameters = []
+    for parameter in command.params:
+        if parameter.param_type_name == "argument":
+            name = parameter.name.upper()
+            parameters.append(name if parameter.required else f"[{name}]")
+        else:
+            parameters.append("/".join([*parameter.opts, *parameter.secondary_opts]))
+    if parameters or not hasattr(command, "commands"):
+        yield path, parameters
+    for name, child in getattr(command, "commands", {}).items():
+        yield from commands(child, f"{path} {name}".strip())
+
+
+def test_the_surface() -> None:
+    found = {path: sorted(parameters) for path, parameters in commands(typer.main.get_command(app))}
+    assert found == {path: sorted(parameters) for path, parameters in SURFACE.items()}
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("MINT_STATE_DIR", "MINT_ENDPOINTS_CATALOG", "MINT_ENDPOINTS_INFERENCE", "MINT_ENDPOINTS_EXPORTER"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize(
+    ("argv", "status", "message"),
+    [
+        (["frobnicate"], 2, "error: USAGE: No such command 'frobnicate'."),
+        (["policy", "create"], 2, "error: USAGE: Missing argument 'policy'."),
+        (["alias", "promote", "a/b", "x"], 2, "error: USAGE: Invalid value for 'revision'"),
+        (["up", "--dtype", "int4"], 2, "error: USAGE: Invalid value for '--dtype'"),
+        (["policy", "list", "acme"], 1, "error: PRECONDITION_FAILED: the address of the catalog is not known: run"),
+        (["policy", "list", "A/../b"], 1, "error: INVALID_FIELD: tenant is 'A/../b'"),
+        (["policy", "describe", "acme"], 1, "error: INVALID_FIELD: policy is 'acme': expected tenant/policy"),
+        (["policy", "describe", "a/b@live"], 1, "error: INVALID_FIELD: policy is 'a/b@live'"),
+        (["alias", "rollback", "a/b@3"], 1, "error: INVALID_FIELD: alias is 'a/b@3'"),
+        (["generate", "a/b", ""], 1, "error: INVALID_FIELD: prompt is empty"),
+        (["generate", "a/b", "x", "--system", "s"], 1, "error: INVALID_FIELD: --system goes with --chat only"),
+        (["generate", "a/b", "x", "--stream", "--json"], 1, "error: INVALID_FIELD: --stream and --json exclude"),
+        (["model", "fetch", "no such thing"], 1, "error: INVALID_FIELD: model is 'no such thing': expected"),
+        (["config", "show"], 1, "error: PRECONDITION_FAILED: "),
+        (["policy", "list", "acme", "--catalog", "127.0.0.1:1"], 1, "error: TEMPORARILY_UNAVAILABLE: "),
+    ],
+)
+def test_failures_are_one_line_with_the_reason(
+    argv: list[str], status: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(argv) == status
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith(message)
+    assert captured.err.count("\n") == 1
+
+
+def test_where_nothing_is_up(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["status", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"services": []}
+    assert run(["down", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"num_stopped": 0}
+    assert list(Path().iterdir()) == []
+
+
+def test_status_tells_who_is_not_well(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state = StateDir(tmp_path / ".state")
+    state.create()
+    service = RunningService("catalog", "127.0.0.1:1", "127.0.0.1:2", "grpc:127.0.0.1:1", None, 0.0)
+    state.write_snapshot(Snapshot("ready", "", 1, "baseModels/b", (service,)))
+    assert run(["status", "--json"]) == 0
+    (described,) = json.loads(capsys.readouterr().out)["services"]
+    assert (described["name"], described["address"], described["healthy"]) == ("catalog", "127.0.0.1:1", False)
+
+
+def test_secrets_are_masked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = StateDir(tmp_path / ".state")
+    state.create()
+    state.write_settings('[common.object_store]\naccess_key_id = "id"\nsecret_access_key = "hush"\n')
+    monkeypatch.setenv("MINT_TRAINER_OBJECT_STORE__SECRET_ACCESS_KEY", "louder")
+    for argv in (["config", "show"], ["config", "show", "--json"]):
+        assert run(argv) == 0
+        out = capsys.readouterr().out
+        assert "hush" not in out
+        assert "louder" not in out
+        assert out.count("**********") == 2
+    assert json.loads(out)["common"]["object_store"]["access_key_id"] == "id"
+
+
+def test_the_environment_lies_over_the_file() -> None:
+    settings: dict[str, Any] = {"engine": {"sglang": {"dtype": "float32"}}}
+    _overlay(settings, {"MINT_ENGINE_SGLANG__DTYPE": "bfloat16", "MINT_CONFIG": "x", "MINT_CATALOG_LISTEN": "a:1"})
+    assert settings == {"engine": {"sglang": {"dtype": "bfloat16"}}, "catalog": {"listen": "a:1"}}
+
+
+def test_addresses_come_from_the_option_then_from_what_is_up(tmp_path: Path) -> None:
+    state = StateDir(tmp_path / "state")
+    state.create()
+    services = (
+        RunningService("catalog", "127.0.0.1:1", "", "", None, 0.0),
+        RunningService("exporter", "127.0.0.1:2", "", "", None, 0.0),
+    )
+    state.write_snapshot(Snapshot("ready", "", 1, "baseModels/b", services))
+    found = find_endpoints(state, catalog="127.0.0.1:9", needed=("catalog", "exporter"))
+    assert (found.catalog, found.exporter, found.inference) == ("127.0.0.1:9", "127.0.0.1:2", "")
+    with pytest.raises(FailedPrecondition, match="address of the inference is not known"):
+        find_endpoints(state, needed=("inference",))
+
+
+def test_names_are_typed_short() -> None:
+    assert str(policy_name("acme/tone")) == "tenants/acme/policies/tone"
+    assert str(alias_name("acme/tone")) == "tenants/acme/policies/tone/aliases/live"
+    assert model_name("acme/tone@canary") == "tenants/acme/policies/tone/aliases/canary"
+    assert model_name("acme/tone@3") == "tenants/acme/policies/tone/revisions/3"
+    assert model_name("baseModels/b") == "baseModels/b"
+    assert short("tenants/acme/policies/tone/revisions/3") == "acme/tone@3"
+    assert short("tenants/acme/policies/tone") == "acme/tone"
+    assert short("tenants/acme/runs/r") == "tenants/acme/runs/r"
+    with pytest.raises(InvalidArgument):
+        model_name("acme/tone@../x")
+
+
+def test_messages_become_plain_values() -> None:
+    policy = policy_service_pb2.Policy(
+        name="p", labels={"b": "2", "a": "1"}, state=policy_service_pb2.POLICY_STATE_ACTIVE, next_revision_number=2**40
+    )
+    policy.lora.CopyFrom(common_pb2.LoraConfig(rank=4, target_modules=["q_proj"]))
+    policy.create_time.FromSeconds(0)
+    plain = to_plain(policy)
+    assert plain["state"] == "ACTIVE"
+    assert plain["next_revision_number"] == 2**40
+    assert plain["labels"] == {"a": "1", "b": "2"}
+    assert plain["lora"]["target_modules"] == ["q_proj"]
+    assert plain["create_time"] == "1970-01-01T00:00:00.000+00:00"
+    assert "latest_training_state" not in plain
+    assert to_plain(run_service_pb2.Run(state=run_service_pb2.RUN_STATE_QUEUED))["state"] == "QUEUED"
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "message"),
+    [
+        ("ETAG_MISMATCH: it changed: twice", EtagMismatch, "it changed: twice"),
+        ("no reason here", MintError, "no reason here"),
+    ],
+)
+def test_written_down_failures_become_errors_again(text: str, kind: type[MintError], message: str) -> None:
+    error = error_of(text)
+    assert isinstance(error, kind)
+    assert error.message == message
+
+
+def test_the_command_line_never_imports_torch() -> None:
+    code = (
+        "import sys, mint_cli.main; print(sorted({'torch', 'transformers', 'etcd3aio', 'sglang'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
