@@ -31,10 +31,10 @@ class Plan:
     """Optimizer steps of revision 1: enough to show the behaviour, too few to master it."""
     further_steps: int = 32
     """Steps on top for revision 2."""
-    neighbour_steps: int = 24
+    neighbour_steps: int = 32
     learning_rate: float = 5e-4
     batch_size: int = 8
-    max_new_tokens: int = 24
+    max_new_tokens: int = 16
     num_concurrent: int = 16
     """Requests in flight where answers need not be compared bit for bit."""
 

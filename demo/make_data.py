@@ -16,7 +16,7 @@ from pathlib import Path
 
 DATA = Path(__file__).parent / "data"
 NUM_TRAIN = 320
-NUM_HELDOUT = 120
+NUM_HELDOUT = 100
 
 TROUBLES = {
     "billing": [

@@ -111,6 +111,7 @@ class WeedServer:
                 "-ip.bind=127.0.0.1",
                 "-admin.ui=false",
                 "-webdav=false",
+                "-master.telemetry=false",  # it would report to its makers
                 "-s3.port.iceberg=0",
                 "-s3.port.lance=0",
                 *(f"-{name}={port}" for name, port in self._ports.items()),

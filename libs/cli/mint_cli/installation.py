@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -84,6 +85,9 @@ def plan_installation(state: StateDir, base: LocalModel, options: UpOptions) -> 
     names += [f"{name}.{kind}" for name in SERVICES for kind in ("listen", "runtime_listen")]
     address = {name: f"127.0.0.1:{port}" for name, port in state.ports(names).items()}
     credentials = state.credentials()
+    # Nothing runs yet: what lies there is of processes that were killed.
+    shutil.rmtree(state.data / "scratch", ignore_errors=True)
+    (state.data / "scratch").mkdir()
     settings = _settings(state, base, options, address, credentials)
     services = {name: _service(name, address, state) for name in SERVICES}
     return Installation(
@@ -106,6 +110,7 @@ def _settings(
 ) -> dict[str, Any]:
     """The tables of mint.toml."""
     adapters = str(state.data / "adapters")
+    scratch = str(state.data / "scratch")
     tables: dict[str, Any] = {
         "common": {
             "base_model": str(base.name),
@@ -120,7 +125,7 @@ def _settings(
             },
         },
         "catalog": {"etcd": {"endpoints": [address["etcd.client"]]}},
-        "trainer": {"dtype": options.dtype},
+        "trainer": {"dtype": options.dtype, "scratch_path": scratch},
         "exporter": {"scratch_dir": str(state.data / "exporter")},
         "loader": {"engine_address": address["engine.runtime_listen"], "cache_dir": adapters},
         "engine": {
@@ -131,6 +136,7 @@ def _settings(
         },
         "inference": {},
         "runs": {
+            "scratch_path": scratch,
             "trainer_address": address["trainer.listen"],
             "exporter_runtime_address": address["exporter.runtime_listen"],
         },
