@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -37,6 +38,8 @@ def main() -> int:
     def say(text: str) -> None:
         console.print(f"[dim]{time.perf_counter() - start_s:6.1f} s[/]  {text}", highlight=False)
 
+    # Ended from outside, it still stops what it started.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     options.report.unlink(missing_ok=True)  # an old report must not pass for a new one
     try:
         base = Path(mint("model", "fetch", "--json")["folder"])

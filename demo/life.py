@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +37,8 @@ class Plan:
     max_new_tokens: int = 16
     num_concurrent: int = 16
     """Requests in flight where answers need not be compared bit for bit."""
+    num_compared: int = 50
+    """Prompts whose answers before and after the rollback are compared token for token, one request at a time."""
 
 
 def read_examples(path: Path) -> tuple[list[str], list[str]]:
@@ -64,7 +66,8 @@ async def live_one_life(client: MintClient, plan: Plan, say: Say, flush_prefix_c
     await life.train(main, "triage", plan.first_steps, continue_from_latest=False)
     await life.train(other, "dates", plan.neighbour_steps, continue_from_latest=False)
     await life.ask(other, "revision_1", f"{other.policy}/aliases/live")
-    await life.ask(main, "revision_1", f"{main.policy}/aliases/live", one_at_a_time=flush_prefix_cache)
+    await life.ask(main, "revision_1", f"{main.policy}/aliases/live")
+    await life.ask_exactly(main, "revision_1", f"{main.policy}/aliases/live", flush_prefix_cache)
 
     await life.train(main, "triage", plan.further_steps, continue_from_latest=True, time_handoff=True)
     await life.ask(main, "revision_2", f"{main.policy}/aliases/live")
@@ -73,7 +76,8 @@ async def live_one_life(client: MintClient, plan: Plan, say: Say, flush_prefix_c
     alias = await client.aliases.rollback(f"{main.policy}/aliases/live", reason="the demo's last act")
     report.seconds["rollback"] = time.perf_counter() - start_s
     say(f"{alias.name} rolled back to revision {alias.active.revision_number} ({alias.active.digest[:19]}…)")
-    await life.ask(main, "rolled_back", f"{main.policy}/aliases/live", one_at_a_time=flush_prefix_cache)
+    await life.ask(main, "rolled_back", f"{main.policy}/aliases/live")
+    await life.ask_exactly(main, "rolled_back", f"{main.policy}/aliases/live", flush_prefix_cache)
     return report
 
 
@@ -146,43 +150,48 @@ class _Life:
         # trainer → store → exporter (weights), exporter → store → node (the packed blob)
         self._report.bytes_moved = 2 * state.weights.size_bytes + 2 * revision.blob.size_bytes
 
-    async def ask(self, story: PolicyStory, version: str, model: str, *, one_at_a_time: Flush | None = None) -> None:
-        """Answer every held-out prompt greedily.
+    async def ask(self, story: PolicyStory, version: str, model: str) -> None:
+        """Answer every held-out prompt greedily, several at a time."""
+        start_s = time.perf_counter()
+        gate = asyncio.Semaphore(self._plan.num_concurrent)
 
-        With ``one_at_a_time`` (which empties the prefix cache) each request has the engine and an empty cache to
-        itself, so that equal weights must give equal tokens: batches and cached prefixes change the order of additions.
+        async def ask_one(prompt: str) -> Generation:
+            async with gate:
+                return await self._generate(model, prompt)
+
+        answers = await asyncio.gather(*(ask_one(prompt) for prompt in story.prompts))
+        revision, digest = _only_one(model, answers)
+        story.served[version] = Served(version, revision, digest, [answer.text for answer in answers])
+        self._report.seconds[f"{story.policy} {version}"] = time.perf_counter() - start_s
+        score = story.scores()[version]
+        self._say(f"{story.policy}: {version} answered {len(answers)} held-out prompts, score {score:.3f}")
+
+    async def ask_exactly(self, story: PolicyStory, version: str, model: str, flush_prefix_cache: Flush) -> None:
+        """Answer the first held-out prompts once more, each with the engine and an empty prefix cache to itself.
+
+        Only so must equal weights give equal tokens: batches and cached prefixes change the order of additions.
         """
         start_s = time.perf_counter()
-        if one_at_a_time is None:
-            gate = asyncio.Semaphore(self._plan.num_concurrent)
-
-            async def ask_one(prompt: str) -> Generation:
-                async with gate:
-                    return await self._generate(model, prompt)
-
-            answers = await asyncio.gather(*(ask_one(prompt) for prompt in story.prompts))
-        else:
-            answers = []
-            for prompt in story.prompts:
-                await one_at_a_time()
-                answers.append(await self._generate(model, prompt))
-        named = {(answer.revision, answer.digest) for answer in answers}
-        if len(named) != 1:
-            raise Internal(f"{model} was answered by {len(named)} revisions while no alias moved: {sorted(named)}")
-        revision, digest = named.pop()
-        story.served[version] = Served(
-            version,
-            revision,
-            digest,
-            [answer.text for answer in answers],
-            [list(answer.token_ids) for answer in answers],
-        )
-        self._report.seconds[f"{story.policy} {version}"] = time.perf_counter() - start_s
+        answers = []
+        for prompt in story.prompts[: self._plan.num_compared]:
+            await flush_prefix_cache()
+            answers.append(await self._generate(model, prompt))
+        _only_one(model, answers)
+        story.served[version].exact_token_ids = [list(answer.token_ids) for answer in answers]
+        self._report.seconds[f"{story.policy} {version}, one at a time"] = time.perf_counter() - start_s
         self._say(
-            f"{story.policy}: {version} answered {len(answers)} held-out prompts, score {story.scores()[version]:.3f}"
+            f"{story.policy}: {version} answered {len(answers)} prompts one at a time, with an empty prefix cache"
         )
 
     async def _generate(self, model: str, prompt: str) -> Generation:
         sampling = inference_service_pb2.SamplingParams(max_new_tokens=self._plan.max_new_tokens, temperature=0)
         messages = [{"role": "user", "content": prompt}]
         return await self._client.generate_text(model, messages, sampling=sampling, tenant="tenants/demo")
+
+
+def _only_one(model: str, answers: Sequence[Generation]) -> tuple[str, str]:
+    """Revision and digest that all of ``answers`` came from, while no alias moved."""
+    named = {(answer.revision, answer.digest) for answer in answers}
+    if len(named) != 1:
+        raise Internal(f"{model} was answered by {len(named)} revisions while no alias moved: {sorted(named)}")
+    return named.pop()

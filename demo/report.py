@@ -18,7 +18,7 @@ __all__ = ["PolicyStory", "Report", "Served"]
 MIN_HELDOUT = 100
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Served:
     """The answers of one served version to the held-out prompts."""
 
@@ -28,7 +28,8 @@ class Served:
     """The revision that every answer's first message named; empty for the base."""
     digest: str
     answers: list[str]
-    token_ids: list[list[int]]
+    exact_token_ids: list[list[int]] = field(default_factory=list)
+    """Tokens of the first answers, generated one request at a time with an empty prefix cache."""
 
 
 @dataclass(slots=True)
@@ -54,8 +55,9 @@ class PolicyStory:
         }
 
     def rollback_identical(self) -> bool:
-        """Whether the rolled-back answers are revision 1's, token for token."""
-        return self.served["rolled_back"].token_ids == self.served["revision_1"].token_ids
+        """Whether the rolled-back answers are revision 1's, token for token, under equal conditions."""
+        before, after = (self.served[version].exact_token_ids for version in ("revision_1", "rolled_back"))
+        return bool(before) and before == after
 
     def _matches(self) -> dict[str, list[float]]:
         return {name: exact_match(one.answers, self.references) for name, one in self.served.items()}
@@ -117,6 +119,7 @@ class Report:
             "base_bytes": self.base_bytes,
             "scores": self.main.scores(),
             "rollback_identical": self.main.rollback_identical(),
+            "num_compared": len(self.main.served["rolled_back"].exact_token_ids),
             "bytes_moved": self.bytes_moved,
             "blob_bytes": self.blob_bytes,
             "handoff_ms": self.handoff_ms,

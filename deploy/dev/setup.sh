@@ -66,8 +66,8 @@ pip install -q triton
 pip install -q --no-deps -r "$lock"
 pip install -q --no-deps --no-build-isolation -e .
 if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then
-    # With a GPU, SGLang's own kernels and their packages are wanted too.
-    pip install -q "$(grep '^sglang==' "$lock")" "$torch"
+    # With a GPU, SGLang wants its own kernels, and the torch they are built for.
+    pip install -q "$(grep '^sglang==' "$lock")"
 fi
 
 if [ -z "$(find_etcd)" ] && as_root; then

@@ -9,10 +9,10 @@ import os
 from collections.abc import AsyncIterator
 
 from mint_api.runtime.v1 import engine_service_pb2, engine_service_pb2_grpc
-from mint_api.v1 import base_model_service_pb2, base_model_service_pb2_grpc
+from mint_client.registered_base import check_registered_base
 from mint_core import channel, clock, log
 from mint_core.base_model import digest_of_folder
-from mint_core.errors import BaseModelMismatch, InvalidArgument, NotFound, Unavailable
+from mint_core.errors import InvalidArgument
 from mint_core.names import BaseModelName, EngineReplicaName
 from mint_core.server import Binding, Services
 from mint_engine.adapter_folder import AdapterRules
@@ -25,11 +25,9 @@ from mint_engine.service import EngineServicer
 from mint_engine.settings import EngineSettings
 from mint_engine.sglang_engine import SglangEngine
 
-__all__ = ["build", "check_registered"]
+__all__ = ["build"]
 
 _SERVICE = engine_service_pb2.DESCRIPTOR.services_by_name["EngineService"]
-_CATALOG_PAUSE_S = 0.5
-_CATALOG_CALL_TIMEOUT_S = 5.0
 
 _log = log.get_logger(__name__)
 
@@ -42,7 +40,13 @@ async def build(settings: EngineSettings) -> AsyncIterator[Services]:
     address = _advertised(settings)
     base = await asyncio.to_thread(digest_of_folder, settings.base_model_path)
     if settings.catalog_address:
-        await check_registered(settings, base.digest)
+        await check_registered_base(
+            settings.catalog_address,
+            settings.base_model,
+            settings.base_model_path,
+            base.digest,
+            timeout_s=settings.catalog_timeout_s,
+        )
     os.environ["OMP_NUM_THREADS"] = str(settings.num_threads)
     async with contextlib.AsyncExitStack() as stack:
         started_s = clock.monotonic_s()
@@ -79,39 +83,6 @@ async def build(settings: EngineSettings) -> AsyncIterator[Services]:
         servicer = EngineServicer(host, replica, max_generate_s=settings.max_generate_s)
         add = engine_service_pb2_grpc.add_EngineServiceServicer_to_server
         yield Services(runtime=[Binding(add, servicer, _SERVICE.full_name)], on_drain=host.begin_drain)
-
-
-async def check_registered(settings: EngineSettings, digest: str) -> None:
-    """Refuse a base whose digest is not the one the catalog has under its name; waits for a catalog that is
-    starting."""
-    name = settings.base_model
-    waited = clock.Deadline.after(settings.catalog_timeout_s)
-    async with channel.connect(settings.catalog_address) as catalog:
-        stub = base_model_service_pb2_grpc.BaseModelServiceStub(catalog)
-        request = base_model_service_pb2.GetBaseModelRequest(name=name)
-        while True:
-            try:
-                response = await channel.call(stub.GetBaseModel, request, timeout_s=_CATALOG_CALL_TIMEOUT_S)
-                break
-            except NotFound:
-                raise NotFound(
-                    f"{name} is not registered in the catalog at {settings.catalog_address}: register it with digest "
-                    f"{digest}, or set base_model to a registered one"
-                ) from None
-            except Unavailable as error:
-                if waited.remaining_s <= 0:
-                    raise Unavailable(
-                        f"the catalog at {settings.catalog_address} did not answer for {settings.catalog_timeout_s:g} "
-                        f"s ({error.message}): start it, or correct catalog_address"
-                    ) from None
-                await asyncio.sleep(_CATALOG_PAUSE_S)
-    registered = response.base_model.digest
-    if registered != digest:
-        raise BaseModelMismatch(
-            f"{str(settings.base_model_path)!r} has the digest {digest}, but {name} is registered with {registered}: "
-            "point base_model_path at the registered folder, or register this one under another name",
-            metadata={"expected": registered, "found": digest},
-        )
 
 
 def _advertised(settings: EngineSettings) -> str:

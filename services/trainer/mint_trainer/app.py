@@ -13,14 +13,12 @@ import torch
 import transformers
 
 from mint_api.v1 import (
-    base_model_service_pb2,
-    base_model_service_pb2_grpc,
     common_pb2,
     session_service_pb2_grpc,
 )
 from mint_blobs.s3 import S3ObjectStore
-from mint_core import channel, clock, log
-from mint_core.errors import BaseModelMismatch, NotFound, Unavailable
+from mint_client.registered_base import check_registered_base
+from mint_core import clock, log
 from mint_core.names import BaseModelName
 from mint_core.server import Binding, Services
 from mint_trainer.base import ResidentBase
@@ -30,11 +28,9 @@ from mint_trainer.sessions import SessionLimits, Sessions
 from mint_trainer.settings import TrainerSettings
 from mint_trainer.worker import Ticket, TorchThread
 
-__all__ = ["build", "check_registered"]
+__all__ = ["build"]
 
 _log = log.get_logger(__name__)
-_CATALOG_PAUSE_S = 0.5
-_CATALOG_CALL_TIMEOUT_S = 5.0
 _MAX_SWEEP_INTERVAL_S = 30.0
 
 
@@ -52,7 +48,13 @@ async def build(settings: TrainerSettings) -> AsyncIterator[Services]:
             "base loaded",
             extra={"fields": {"digest": base.digest, "seconds": round(clock.monotonic_s() - started_s, 1)}},
         )
-        await check_registered(settings, base.digest)
+        await check_registered_base(
+            settings.catalog_address,
+            settings.base_model,
+            settings.base_model_path,
+            base.digest,
+            timeout_s=settings.catalog_timeout_s,
+        )
         store = await stack.enter_async_context(S3ObjectStore(settings.object_store))
         await store.ensure_bucket()
         scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="mint-trainer-", dir=settings.scratch_path))
@@ -91,41 +93,6 @@ async def build(settings: TrainerSettings) -> AsyncIterator[Services]:
                     "mint.v1.SessionService",
                 )
             ]
-        )
-
-
-async def check_registered(settings: TrainerSettings, digest: str) -> None:
-    """Refuse a base whose digest is not the one the catalog has registered under its name.
-
-    Waits up to ``catalog_timeout_s`` for a catalog that is still starting.
-    """
-    name = settings.base_model
-    waited = clock.Deadline.after(settings.catalog_timeout_s)
-    async with channel.connect(settings.catalog_address) as catalog:
-        stub = base_model_service_pb2_grpc.BaseModelServiceStub(catalog)
-        request = base_model_service_pb2.GetBaseModelRequest(name=name)
-        while True:
-            try:
-                response = await channel.call(stub.GetBaseModel, request, timeout_s=_CATALOG_CALL_TIMEOUT_S)
-                break
-            except NotFound:
-                raise NotFound(
-                    f"{name} is not registered in the catalog at {settings.catalog_address}: register it with digest "
-                    f"{digest}, or set base_model to a registered one"
-                ) from None
-            except Unavailable as error:
-                if waited.remaining_s <= 0:
-                    raise Unavailable(
-                        f"the catalog at {settings.catalog_address} did not answer for "
-                        f"{settings.catalog_timeout_s:g} s ({error.message}): start it, or correct catalog_address"
-                    ) from None
-                await asyncio.sleep(_CATALOG_PAUSE_S)
-    registered = response.base_model.digest
-    if registered != digest:
-        raise BaseModelMismatch(
-            f"{str(settings.base_model_path)!r} has the digest {digest}, but {name} is registered with {registered}: "
-            "point base_model_path at the registered folder, or register this one under another name",
-            metadata={"expected": registered, "actual": digest},
         )
 
 
