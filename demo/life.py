@@ -27,12 +27,12 @@ class Plan:
     base_model: str
     data: Path
     seed: int
-    first_steps: int = 16
+    first_steps: int = 24
     """Optimizer steps of revision 1: enough to show the behaviour, too few to master it."""
     further_steps: int = 32
     """Steps on top for revision 2."""
-    neighbour_steps: int = 32
-    learning_rate: float = 5e-4
+    neighbour_steps: int = 24
+    learning_rate: float = 1e-3
     batch_size: int = 8
     max_new_tokens: int = 16
     num_concurrent: int = 16

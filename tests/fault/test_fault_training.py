@@ -48,11 +48,15 @@ async def digest_of(client: MintClient, run: run_service_pb2.Run) -> str:
 
 
 @pytest.fixture(scope="module")
-async def uninterrupted(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> str:
+def uninterrupted(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Digest of the adapter that an undisturbed run makes."""
-    async with stack.client() as client:
-        queued = await start_run(stack, client, tmp_path_factory.mktemp("data"))
-        return await digest_of(client, await finish(client, queued.name))
+
+    async def train() -> str:
+        async with stack.client() as client:
+            queued = await start_run(stack, client, tmp_path_factory.mktemp("data"))
+            return await digest_of(client, await finish(client, queued.name))
+
+    return asyncio.run(train())
 
 
 @pytest.mark.timeout(240)
@@ -112,6 +116,7 @@ async def test_a_worker_whose_lease_expired_publishes_nothing(stack: Stack, work
         request = exporter_service_pb2.ExportRequest(policy=policy, training_state=state, fence=slow.fence)
         with pytest.raises(errors.LeaseLost):
             await call(exporter_service_pb2_grpc.ExporterServiceStub(exporter).Export, request)
+        state.fence = slow.fence.token
         commit = work_service_pb2.CommitTrainingStateRequest(name=run.name, fence=slow.fence, state=state)
         with pytest.raises(errors.LeaseLost):
             await call(leases.CommitTrainingState, commit)
