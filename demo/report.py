@@ -140,8 +140,8 @@ class Report:
             _show_scores(console, story)
         console.print(
             f"\nfrom trainer to engine: an adapter of [bold]{self.blob_bytes / 1e6:.1f} MB[/], "
-            f"{self.bytes_moved / 1e6:.1f} MB with every transfer counted (the base has {self.base_bytes / 1e6:.0f} MB); "
-            f"last optimizer step → first token of the new revision: "
+            f"{self.bytes_moved / 1e6:.1f} MB with every transfer counted "
+            f"(the base has {self.base_bytes / 1e6:.0f} MB); last optimizer step → first token of the new revision: "
             f"[bold]{self.handoff_ms:.0f} ms[/]"
         )
         for claim, holds in self.claims().items():

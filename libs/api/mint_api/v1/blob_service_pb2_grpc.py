@@ -64,6 +64,7 @@ class BlobServiceServicer:
         Errors:
         * INVALID_ARGUMENT / INVALID_FIELD: no announcement, a chunk too large or at the wrong offset.
         * INVALID_ARGUMENT / DIGEST_MISMATCH: the bytes do not have the announced digest; nothing is kept.
+        * ABORTED / CONFLICT: a newer stream took this upload over.
         * RESOURCE_EXHAUSTED / LIMIT_EXCEEDED: larger than allowed.
         * UNAVAILABLE: the object store or the catalog is away.
         """

@@ -41,6 +41,7 @@ class BlobServiceStub:
     Errors:
     * INVALID_ARGUMENT / INVALID_FIELD: no announcement, a chunk too large or at the wrong offset.
     * INVALID_ARGUMENT / DIGEST_MISMATCH: the bytes do not have the announced digest; nothing is kept.
+    * ABORTED / CONFLICT: a newer stream took this upload over.
     * RESOURCE_EXHAUSTED / LIMIT_EXCEEDED: larger than allowed.
     * UNAVAILABLE: the object store or the catalog is away.
     """
@@ -71,6 +72,7 @@ class BlobServiceAsyncStub(BlobServiceStub):
     Errors:
     * INVALID_ARGUMENT / INVALID_FIELD: no announcement, a chunk too large or at the wrong offset.
     * INVALID_ARGUMENT / DIGEST_MISMATCH: the bytes do not have the announced digest; nothing is kept.
+    * ABORTED / CONFLICT: a newer stream took this upload over.
     * RESOURCE_EXHAUSTED / LIMIT_EXCEEDED: larger than allowed.
     * UNAVAILABLE: the object store or the catalog is away.
     """
@@ -104,6 +106,7 @@ class BlobServiceServicer(metaclass=_abc_1.ABCMeta):
         Errors:
         * INVALID_ARGUMENT / INVALID_FIELD: no announcement, a chunk too large or at the wrong offset.
         * INVALID_ARGUMENT / DIGEST_MISMATCH: the bytes do not have the announced digest; nothing is kept.
+        * ABORTED / CONFLICT: a newer stream took this upload over.
         * RESOURCE_EXHAUSTED / LIMIT_EXCEEDED: larger than allowed.
         * UNAVAILABLE: the object store or the catalog is away.
         """

@@ -326,7 +326,9 @@ class GenerateRequest(_message.Message):
     sticky_key: _builtins.str
     """Key of the canary split."""
     tenant: _builtins.str
-    """Tenant on whose behalf the base is asked (tenants/{tenant}); with an alias or revision its own tenant counts."""
+    """Tenant on whose behalf the base is asked (tenants/{tenant}), required with a base model; with an alias or
+    revision its own tenant counts.
+    """
     @_builtins.property
     def prompt(self) -> Global___Prompt:
         """What to continue."""

@@ -30,7 +30,7 @@ class SessionServiceStub:
 
     Steps of one session carry seq 1, 2, 3, … and run in that order. A repeated seq with the same payload
     answers the stored result; with another payload ALREADY_EXISTS / REQUEST_ID_REUSED. A failed step changes
-    nothing and uses its seq up only if the error says so (never).
+    nothing and never uses its seq up.
     """
 
     def __init__(self, channel):
@@ -91,7 +91,7 @@ class SessionServiceServicer:
 
     Steps of one session carry seq 1, 2, 3, … and run in that order. A repeated seq with the same payload
     answers the stored result; with another payload ALREADY_EXISTS / REQUEST_ID_REUSED. A failed step changes
-    nothing and uses its seq up only if the error says so (never).
+    nothing and never uses its seq up.
     """
 
     def CreateSession(self, request, context):
@@ -102,6 +102,7 @@ class SessionServiceServicer:
         * ALREADY_EXISTS / RESOURCE_EXISTS: the session exists with another payload.
         * FAILED_PRECONDITION / BASE_MODEL_MISMATCH: the policy belongs to another base.
         * DATA_LOSS / BLOB_CORRUPT: the saved state is damaged.
+        * FAILED_PRECONDITION / WRONG_STATE: the saved state's adapter has other hyper-parameters than asked for.
         * RESOURCE_EXHAUSTED / LIMIT_EXCEEDED: no room for another session.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -146,6 +147,7 @@ class SessionServiceServicer:
         * As Forward, and
         * FAILED_PRECONDITION / WRONG_STATE: seq is not the next one; metadata: next_seq.
         * ALREADY_EXISTS / REQUEST_ID_REUSED: seq was used with another payload.
+        * UNIMPLEMENTED: a loss, or replay of routed experts, that this trainer does not know.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -167,6 +169,7 @@ class SessionServiceServicer:
 
         Errors:
         * NOT_FOUND / RESOURCE_NOT_FOUND: no such session.
+        * ALREADY_EXISTS / RESOURCE_EXISTS: the key holds other bytes.
         * UNAVAILABLE: the object store is away.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -180,6 +183,7 @@ class SessionServiceServicer:
         * NOT_FOUND / RESOURCE_NOT_FOUND: no such session or object.
         * DATA_LOSS / BLOB_CORRUPT: the saved state is damaged.
         * FAILED_PRECONDITION / BASE_MODEL_MISMATCH: saved on another base.
+        * FAILED_PRECONDITION / WRONG_STATE: the state's adapter has other hyper-parameters than the session's.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -256,7 +260,7 @@ class SessionService:
 
     Steps of one session carry seq 1, 2, 3, … and run in that order. A repeated seq with the same payload
     answers the stored result; with another payload ALREADY_EXISTS / REQUEST_ID_REUSED. A failed step changes
-    nothing and uses its seq up only if the error says so (never).
+    nothing and never uses its seq up.
     """
 
     @staticmethod

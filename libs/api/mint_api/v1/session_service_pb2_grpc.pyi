@@ -31,7 +31,7 @@ class SessionServiceStub:
 
     Steps of one session carry seq 1, 2, 3, … and run in that order. A repeated seq with the same payload
     answers the stored result; with another payload ALREADY_EXISTS / REQUEST_ID_REUSED. A failed step changes
-    nothing and uses its seq up only if the error says so (never).
+    nothing and never uses its seq up.
     """
 
     @_typing.overload
@@ -46,6 +46,7 @@ class SessionServiceStub:
     * ALREADY_EXISTS / RESOURCE_EXISTS: the session exists with another payload.
     * FAILED_PRECONDITION / BASE_MODEL_MISMATCH: the policy belongs to another base.
     * DATA_LOSS / BLOB_CORRUPT: the saved state is damaged.
+    * FAILED_PRECONDITION / WRONG_STATE: the saved state's adapter has other hyper-parameters than asked for.
     * RESOURCE_EXHAUSTED / LIMIT_EXCEEDED: no room for another session.
     """
     GetSession: _grpc.UnaryUnaryMultiCallable[_session_service_pb2.GetSessionRequest, _session_service_pb2.GetSessionResponse]
@@ -74,6 +75,7 @@ class SessionServiceStub:
     * As Forward, and
     * FAILED_PRECONDITION / WRONG_STATE: seq is not the next one; metadata: next_seq.
     * ALREADY_EXISTS / REQUEST_ID_REUSED: seq was used with another payload.
+    * UNIMPLEMENTED: a loss, or replay of routed experts, that this trainer does not know.
     """
     OptimStep: _grpc.UnaryUnaryMultiCallable[_session_service_pb2.OptimStepRequest, _session_service_pb2.OptimStepResponse]
     """Applies the gathered gradient and clears it.
@@ -87,6 +89,7 @@ class SessionServiceStub:
 
     Errors:
     * NOT_FOUND / RESOURCE_NOT_FOUND: no such session.
+    * ALREADY_EXISTS / RESOURCE_EXISTS: the key holds other bytes.
     * UNAVAILABLE: the object store is away.
     """
     LoadState: _grpc.UnaryUnaryMultiCallable[_session_service_pb2.LoadStateRequest, _session_service_pb2.LoadStateResponse]
@@ -96,6 +99,7 @@ class SessionServiceStub:
     * NOT_FOUND / RESOURCE_NOT_FOUND: no such session or object.
     * DATA_LOSS / BLOB_CORRUPT: the saved state is damaged.
     * FAILED_PRECONDITION / BASE_MODEL_MISMATCH: saved on another base.
+    * FAILED_PRECONDITION / WRONG_STATE: the state's adapter has other hyper-parameters than the session's.
     """
     GetStep: _grpc.UnaryUnaryMultiCallable[_session_service_pb2.GetStepRequest, _session_service_pb2.GetStepResponse]
     """Reads the stored result of a step.
@@ -110,7 +114,7 @@ class SessionServiceAsyncStub(SessionServiceStub):
 
     Steps of one session carry seq 1, 2, 3, … and run in that order. A repeated seq with the same payload
     answers the stored result; with another payload ALREADY_EXISTS / REQUEST_ID_REUSED. A failed step changes
-    nothing and uses its seq up only if the error says so (never).
+    nothing and never uses its seq up.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -122,6 +126,7 @@ class SessionServiceAsyncStub(SessionServiceStub):
     * ALREADY_EXISTS / RESOURCE_EXISTS: the session exists with another payload.
     * FAILED_PRECONDITION / BASE_MODEL_MISMATCH: the policy belongs to another base.
     * DATA_LOSS / BLOB_CORRUPT: the saved state is damaged.
+    * FAILED_PRECONDITION / WRONG_STATE: the saved state's adapter has other hyper-parameters than asked for.
     * RESOURCE_EXHAUSTED / LIMIT_EXCEEDED: no room for another session.
     """
     GetSession: _aio.UnaryUnaryMultiCallable[_session_service_pb2.GetSessionRequest, _session_service_pb2.GetSessionResponse]  # type: ignore[assignment]
@@ -150,6 +155,7 @@ class SessionServiceAsyncStub(SessionServiceStub):
     * As Forward, and
     * FAILED_PRECONDITION / WRONG_STATE: seq is not the next one; metadata: next_seq.
     * ALREADY_EXISTS / REQUEST_ID_REUSED: seq was used with another payload.
+    * UNIMPLEMENTED: a loss, or replay of routed experts, that this trainer does not know.
     """
     OptimStep: _aio.UnaryUnaryMultiCallable[_session_service_pb2.OptimStepRequest, _session_service_pb2.OptimStepResponse]  # type: ignore[assignment]
     """Applies the gathered gradient and clears it.
@@ -163,6 +169,7 @@ class SessionServiceAsyncStub(SessionServiceStub):
 
     Errors:
     * NOT_FOUND / RESOURCE_NOT_FOUND: no such session.
+    * ALREADY_EXISTS / RESOURCE_EXISTS: the key holds other bytes.
     * UNAVAILABLE: the object store is away.
     """
     LoadState: _aio.UnaryUnaryMultiCallable[_session_service_pb2.LoadStateRequest, _session_service_pb2.LoadStateResponse]  # type: ignore[assignment]
@@ -172,6 +179,7 @@ class SessionServiceAsyncStub(SessionServiceStub):
     * NOT_FOUND / RESOURCE_NOT_FOUND: no such session or object.
     * DATA_LOSS / BLOB_CORRUPT: the saved state is damaged.
     * FAILED_PRECONDITION / BASE_MODEL_MISMATCH: saved on another base.
+    * FAILED_PRECONDITION / WRONG_STATE: the state's adapter has other hyper-parameters than the session's.
     """
     GetStep: _aio.UnaryUnaryMultiCallable[_session_service_pb2.GetStepRequest, _session_service_pb2.GetStepResponse]  # type: ignore[assignment]
     """Reads the stored result of a step.
@@ -185,7 +193,7 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
 
     Steps of one session carry seq 1, 2, 3, … and run in that order. A repeated seq with the same payload
     answers the stored result; with another payload ALREADY_EXISTS / REQUEST_ID_REUSED. A failed step changes
-    nothing and uses its seq up only if the error says so (never).
+    nothing and never uses its seq up.
     """
 
     @_abc_1.abstractmethod
@@ -201,6 +209,7 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
         * ALREADY_EXISTS / RESOURCE_EXISTS: the session exists with another payload.
         * FAILED_PRECONDITION / BASE_MODEL_MISMATCH: the policy belongs to another base.
         * DATA_LOSS / BLOB_CORRUPT: the saved state is damaged.
+        * FAILED_PRECONDITION / WRONG_STATE: the saved state's adapter has other hyper-parameters than asked for.
         * RESOURCE_EXHAUSTED / LIMIT_EXCEEDED: no room for another session.
         """
 
@@ -253,6 +262,7 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
         * As Forward, and
         * FAILED_PRECONDITION / WRONG_STATE: seq is not the next one; metadata: next_seq.
         * ALREADY_EXISTS / REQUEST_ID_REUSED: seq was used with another payload.
+        * UNIMPLEMENTED: a loss, or replay of routed experts, that this trainer does not know.
         """
 
     @_abc_1.abstractmethod
@@ -278,6 +288,7 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Errors:
         * NOT_FOUND / RESOURCE_NOT_FOUND: no such session.
+        * ALREADY_EXISTS / RESOURCE_EXISTS: the key holds other bytes.
         * UNAVAILABLE: the object store is away.
         """
 
@@ -293,6 +304,7 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
         * NOT_FOUND / RESOURCE_NOT_FOUND: no such session or object.
         * DATA_LOSS / BLOB_CORRUPT: the saved state is damaged.
         * FAILED_PRECONDITION / BASE_MODEL_MISMATCH: saved on another base.
+        * FAILED_PRECONDITION / WRONG_STATE: the state's adapter has other hyper-parameters than the session's.
         """
 
     @_abc_1.abstractmethod

@@ -31,7 +31,7 @@ def generate(
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of the sampler.")] = None,
     logprobs: Annotated[bool, typer.Option("--logprobs", help="Return log-probabilities, with --json.")] = False,
     sticky_key: Annotated[str, typer.Option(help="Key of the canary split.")] = "",
-    tenant: Annotated[str, typer.Option(help="Tenant on whose behalf a base model is asked.")] = "",
+    tenant: Annotated[str, typer.Option(help="Tenant on whose behalf a base model is asked.")] = "default",
     inference: InferenceOption = "",
     state_path: StateDirOption = None,
     json_output: JsonOption = False,
@@ -57,7 +57,7 @@ def generate(
         "sampling": sampling,
         "return_logprobs": logprobs,
         "sticky_key": sticky_key,
-        "tenant": f"tenants/{tenant_id(tenant)}" if tenant else "",
+        "tenant": f"tenants/{tenant_id(tenant)}",
     }
 
     async def whole() -> Generation:

@@ -59,6 +59,7 @@ class ExporterServiceServicer:
         * NOT_FOUND / RESOURCE_NOT_FOUND: no such policy or weights object.
         * FAILED_PRECONDITION / LEASE_LOST: the fence was superseded; nothing was published.
         * FAILED_PRECONDITION / BASE_MODEL_MISMATCH: the adapter fits another base.
+        * RESOURCE_EXHAUSTED / LIMIT_EXCEEDED: larger than allowed.
         * DATA_LOSS / BLOB_CORRUPT: the weights object lost its digest.
         * UNAVAILABLE: object store or catalog away.
         """
@@ -70,7 +71,9 @@ class ExporterServiceServicer:
         """Publishes an uploaded PEFT adapter (a safetensors blob and its adapter_config.json) as a revision.
 
         Errors:
-        * As Export.
+        * As Export, and
+        * FAILED_PRECONDITION / BLOB_MISSING: the weights were not uploaded.
+        * FAILED_PRECONDITION / LEASE_HELD: the policy is being trained.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -41,6 +41,7 @@ class ExporterServiceStub:
     * NOT_FOUND / RESOURCE_NOT_FOUND: no such policy or weights object.
     * FAILED_PRECONDITION / LEASE_LOST: the fence was superseded; nothing was published.
     * FAILED_PRECONDITION / BASE_MODEL_MISMATCH: the adapter fits another base.
+    * RESOURCE_EXHAUSTED / LIMIT_EXCEEDED: larger than allowed.
     * DATA_LOSS / BLOB_CORRUPT: the weights object lost its digest.
     * UNAVAILABLE: object store or catalog away.
     """
@@ -48,7 +49,9 @@ class ExporterServiceStub:
     """Publishes an uploaded PEFT adapter (a safetensors blob and its adapter_config.json) as a revision.
 
     Errors:
-    * As Export.
+    * As Export, and
+    * FAILED_PRECONDITION / BLOB_MISSING: the weights were not uploaded.
+    * FAILED_PRECONDITION / LEASE_HELD: the policy is being trained.
     """
 
 @_typing.type_check_only
@@ -64,6 +67,7 @@ class ExporterServiceAsyncStub(ExporterServiceStub):
     * NOT_FOUND / RESOURCE_NOT_FOUND: no such policy or weights object.
     * FAILED_PRECONDITION / LEASE_LOST: the fence was superseded; nothing was published.
     * FAILED_PRECONDITION / BASE_MODEL_MISMATCH: the adapter fits another base.
+    * RESOURCE_EXHAUSTED / LIMIT_EXCEEDED: larger than allowed.
     * DATA_LOSS / BLOB_CORRUPT: the weights object lost its digest.
     * UNAVAILABLE: object store or catalog away.
     """
@@ -71,7 +75,9 @@ class ExporterServiceAsyncStub(ExporterServiceStub):
     """Publishes an uploaded PEFT adapter (a safetensors blob and its adapter_config.json) as a revision.
 
     Errors:
-    * As Export.
+    * As Export, and
+    * FAILED_PRECONDITION / BLOB_MISSING: the weights were not uploaded.
+    * FAILED_PRECONDITION / LEASE_HELD: the policy is being trained.
     """
 
 class ExporterServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -90,6 +96,7 @@ class ExporterServiceServicer(metaclass=_abc_1.ABCMeta):
         * NOT_FOUND / RESOURCE_NOT_FOUND: no such policy or weights object.
         * FAILED_PRECONDITION / LEASE_LOST: the fence was superseded; nothing was published.
         * FAILED_PRECONDITION / BASE_MODEL_MISMATCH: the adapter fits another base.
+        * RESOURCE_EXHAUSTED / LIMIT_EXCEEDED: larger than allowed.
         * DATA_LOSS / BLOB_CORRUPT: the weights object lost its digest.
         * UNAVAILABLE: object store or catalog away.
         """
@@ -103,7 +110,9 @@ class ExporterServiceServicer(metaclass=_abc_1.ABCMeta):
         """Publishes an uploaded PEFT adapter (a safetensors blob and its adapter_config.json) as a revision.
 
         Errors:
-        * As Export.
+        * As Export, and
+        * FAILED_PRECONDITION / BLOB_MISSING: the weights were not uploaded.
+        * FAILED_PRECONDITION / LEASE_HELD: the policy is being trained.
         """
 
 def add_ExporterServiceServicer_to_server(servicer: ExporterServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

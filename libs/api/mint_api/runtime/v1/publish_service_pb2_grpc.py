@@ -102,6 +102,7 @@ class PublishServiceServicer:
         * ALREADY_EXISTS / RESOURCE_EXISTS: (run, step) was published with another digest.
         * ALREADY_EXISTS / REQUEST_ID_REUSED: the request id was used with another payload.
         * FAILED_PRECONDITION / LEASE_LOST: the fence was superseded.
+        * FAILED_PRECONDITION / LEASE_HELD: unfenced, while somebody trains the policy.
         * FAILED_PRECONDITION / BLOB_MISSING: the blob is absent or not verified.
         * FAILED_PRECONDITION / BASE_MODEL_MISMATCH: the adapter fits another base.
         """

@@ -62,6 +62,7 @@ class PublishServiceStub:
     * ALREADY_EXISTS / RESOURCE_EXISTS: (run, step) was published with another digest.
     * ALREADY_EXISTS / REQUEST_ID_REUSED: the request id was used with another payload.
     * FAILED_PRECONDITION / LEASE_LOST: the fence was superseded.
+    * FAILED_PRECONDITION / LEASE_HELD: unfenced, while somebody trains the policy.
     * FAILED_PRECONDITION / BLOB_MISSING: the blob is absent or not verified.
     * FAILED_PRECONDITION / BASE_MODEL_MISMATCH: the adapter fits another base.
     """
@@ -100,6 +101,7 @@ class PublishServiceAsyncStub(PublishServiceStub):
     * ALREADY_EXISTS / RESOURCE_EXISTS: (run, step) was published with another digest.
     * ALREADY_EXISTS / REQUEST_ID_REUSED: the request id was used with another payload.
     * FAILED_PRECONDITION / LEASE_LOST: the fence was superseded.
+    * FAILED_PRECONDITION / LEASE_HELD: unfenced, while somebody trains the policy.
     * FAILED_PRECONDITION / BLOB_MISSING: the blob is absent or not verified.
     * FAILED_PRECONDITION / BASE_MODEL_MISMATCH: the adapter fits another base.
     """
@@ -159,6 +161,7 @@ class PublishServiceServicer(metaclass=_abc_1.ABCMeta):
         * ALREADY_EXISTS / RESOURCE_EXISTS: (run, step) was published with another digest.
         * ALREADY_EXISTS / REQUEST_ID_REUSED: the request id was used with another payload.
         * FAILED_PRECONDITION / LEASE_LOST: the fence was superseded.
+        * FAILED_PRECONDITION / LEASE_HELD: unfenced, while somebody trains the policy.
         * FAILED_PRECONDITION / BLOB_MISSING: the blob is absent or not verified.
         * FAILED_PRECONDITION / BASE_MODEL_MISMATCH: the adapter fits another base.
         """
