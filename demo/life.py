@@ -27,9 +27,9 @@ class Plan:
     base_model: str
     data: Path
     seed: int
-    first_steps: int = 24
+    first_steps: int = 40
     """Optimizer steps of revision 1: enough to show the behaviour, too few to master it."""
-    further_steps: int = 32
+    further_steps: int = 48
     """Steps on top for revision 2."""
     neighbour_steps: int = 24
     learning_rate: float = 1e-3
@@ -37,7 +37,7 @@ class Plan:
     max_new_tokens: int = 16
     num_concurrent: int = 16
     """Requests in flight where answers need not be compared bit for bit."""
-    num_compared: int = 50
+    num_compared: int = 25
     """Prompts whose answers before and after the rollback are compared token for token, one request at a time."""
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import hashlib
 import os
 import signal
@@ -45,14 +44,13 @@ from mint_catalog.settings import CatalogSettings
 from mint_core.channel import call, connect, stream
 from mint_core.errors import MintError
 from mint_core.server import running
+from support.children import dying_with_parent
 from support.etcd import EtcdServer
 
 __all__ = ["BASE", "BASE_DIGEST", "CatalogProcess", "Rig", "digest_of", "running_catalog"]
 
 BASE = "baseModels/tiny"
 BASE_DIGEST = "sha256:" + "b" * 64
-_PR_SET_PDEATHSIG = 1
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 def digest_of(text: str) -> str:
@@ -191,10 +189,6 @@ def _free_port() -> int:
         return port
 
 
-def _die_with_parent() -> None:
-    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
 class CatalogProcess:
     """A catalog in a process of its own; ``kill`` and ``start`` again keep its addresses."""
 
@@ -221,16 +215,17 @@ class CatalogProcess:
     def _spawn(self) -> subprocess.Popen[bytes]:
         with self._log.open("ab") as log:
             return subprocess.Popen(
-                [
-                    *(sys.executable, "-m", "mint_catalog", "--listen", self._public),
-                    *("--runtime-listen", self._runtime, "--reap-interval-s", "0.5"),
-                    *("--etcd.endpoints", f'["{self._etcd.endpoint}"]'),
-                ],
+                dying_with_parent(
+                    [
+                        *(sys.executable, "-m", "mint_catalog", "--listen", self._public),
+                        *("--runtime-listen", self._runtime, "--reap-interval-s", "0.5"),
+                        *("--etcd.endpoints", f'["{self._etcd.endpoint}"]'),
+                    ]
+                ),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 env={**os.environ, **self._environ},
-                preexec_fn=_die_with_parent,
             )
 
     def rig(self) -> contextlib.AbstractAsyncContextManager[Rig]:

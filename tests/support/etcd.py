@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import shutil
@@ -18,16 +17,9 @@ from pathlib import Path
 from typing import IO
 
 from mint_catalog.settings import EtcdSettings
+from support.children import dying_with_parent
 
 __all__ = ["EtcdServer", "find_etcd", "running_etcd"]
-
-_PR_SET_PDEATHSIG = 1
-_libc = ctypes.CDLL(None, use_errno=True)
-
-
-def _die_with_parent() -> None:
-    # A test run that is itself killed cannot clean up; the kernel does it then.
-    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def find_etcd() -> str:
@@ -79,24 +71,25 @@ class EtcdServer:
         client, peer = f"http://{self.endpoint}", f"http://127.0.0.1:{self._peer_port}"
         self._log = self.log_path.open("ab")
         self._process = subprocess.Popen(
-            [
-                find_etcd(),
-                "--name=test",
-                f"--data-dir={self.folder / 'data'}",
-                f"--listen-client-urls={client}",
-                f"--advertise-client-urls={client}",
-                f"--listen-peer-urls={peer}",
-                f"--initial-advertise-peer-urls={peer}",
-                f"--initial-cluster=test={peer}",
-                "--logger=zap",
-                "--log-level=warn",
-                *self._options,
-            ],
+            dying_with_parent(
+                [
+                    find_etcd(),
+                    "--name=test",
+                    f"--data-dir={self.folder / 'data'}",
+                    f"--listen-client-urls={client}",
+                    f"--advertise-client-urls={client}",
+                    f"--listen-peer-urls={peer}",
+                    f"--initial-advertise-peer-urls={peer}",
+                    f"--initial-cluster=test={peer}",
+                    "--logger=zap",
+                    "--log-level=warn",
+                    *self._options,
+                ]
+            ),
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=subprocess.STDOUT,
             cwd=self.folder,
-            preexec_fn=_die_with_parent,
         )
         self._wait_ready(timeout_s)
 

@@ -4,7 +4,6 @@ of its own."""
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import secrets
 import shutil
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import IO
 
 from mint_blobs.settings import ObjectStoreSettings
+from support.children import dying_with_parent
 
 __all__ = ["WeedServer", "find_weed", "running_weed"]
 
@@ -36,13 +36,6 @@ _PORTS = (
     "admin.port",
     "admin.port.grpc",
 )
-_PR_SET_PDEATHSIG = 1
-_libc = ctypes.CDLL(None, use_errno=True)
-
-
-def _die_with_parent() -> None:
-    # A test run that is itself killed cannot clean up; the kernel does it then.
-    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def find_weed() -> str:
@@ -102,20 +95,22 @@ class WeedServer:
         data.mkdir(parents=True, exist_ok=True)
         self._log = self.log_path.open("ab")
         self._process = subprocess.Popen(
-            [
-                find_weed(),
-                "-logtostderr=true",
-                "mini",
-                f"-dir={data}",
-                "-ip=127.0.0.1",
-                "-ip.bind=127.0.0.1",
-                "-admin.ui=false",
-                "-webdav=false",
-                "-master.telemetry=false",  # it would report to its makers
-                "-s3.port.iceberg=0",
-                "-s3.port.lance=0",
-                *(f"-{name}={port}" for name, port in self._ports.items()),
-            ],
+            dying_with_parent(
+                [
+                    find_weed(),
+                    "-logtostderr=true",
+                    "mini",
+                    f"-dir={data}",
+                    "-ip=127.0.0.1",
+                    "-ip.bind=127.0.0.1",
+                    "-admin.ui=false",
+                    "-webdav=false",
+                    "-master.telemetry=false",  # it would report to its makers
+                    "-s3.port.iceberg=0",
+                    "-s3.port.lance=0",
+                    *(f"-{name}={port}" for name, port in self._ports.items()),
+                ]
+            ),
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=subprocess.STDOUT,
@@ -125,7 +120,6 @@ class WeedServer:
                 "AWS_ACCESS_KEY_ID": self.access_key_id,
                 "AWS_SECRET_ACCESS_KEY": self.secret_access_key,
             },
-            preexec_fn=_die_with_parent,
         )
         self._wait_ready(timeout_s)
 
