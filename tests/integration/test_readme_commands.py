@@ -40,5 +40,5 @@ async def test_grpcurl_and_buf_lines_work_as_printed(stack: Stack, work: Path) -
     for service in ("mint.v1.AliasService", "mint.v1.PolicyService", "grpc.health.v1.Health"):
         assert service in done.stdout
     assert revision.blob.digest in done.stdout
-    assert '"finishReason": "FINISH_REASON_' in done.stdout
-    assert '"name": "tenants/acme/policies/triage"' in done.stdout or '"name":"tenants/acme' in done.stdout
+    assert "FINISH_REASON_LENGTH" in done.stdout or "FINISH_REASON_STOP" in done.stdout
+    assert '"name": "tenants/acme/policies/triage"' in done.stdout
