@@ -47,7 +47,7 @@ async def writing_target(path: Path) -> AsyncIterator[BufferedRandom]:
         file = await run_to_end(target.__enter__)
         try:
             yield file
-        except BaseException:
+        except BaseException:  # cancelled or failed: clean up, then pass it on
             await run_to_end(target.__exit__, *sys.exc_info())
             raise
         await run_to_end(target.__exit__, None, None, None)

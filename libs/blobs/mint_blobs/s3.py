@@ -288,7 +288,7 @@ class S3ObjectStore:
             # decided by what the key holds now.
             await self._abort(upload)
             return await self._same_content(key, size_bytes, digest)
-        except BaseException:
+        except BaseException:  # also when cancelled, no parts may stay behind
             await self._abort(upload)
             raise
 
@@ -313,7 +313,7 @@ class S3ObjectStore:
                     await slots.acquire()
                     try:
                         data, checksum = await run_to_end(next_part)
-                    except BaseException:
+                    except BaseException:  # also when cancelled, the slot goes back
                         slots.release()
                         raise
                     task = group.create_task(self._upload_part(key, number, data, checksum, upload))

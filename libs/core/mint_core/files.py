@@ -42,7 +42,7 @@ def atomic_file(path: Path) -> Iterator[BufferedRandom]:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except BaseException:
+    except BaseException:  # also when interrupted, no half file stays
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()
         raise

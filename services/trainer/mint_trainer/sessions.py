@@ -339,7 +339,7 @@ class Sessions:
         session = self._fresh(recipe or reader.recipe())
         try:
             reader.restore(session)
-        except BaseException:
+        except BaseException:  # also when interrupted, the adapter leaves the base
             session.close()
             raise
         return session
