@@ -176,6 +176,30 @@ async def test_cancelled_transfers_leave_nothing(store: S3ObjectStore, key: str,
     await store.get_file(other, tmp_path / "target", digest=digest)
 
 
+async def test_upload_begun_while_its_caller_was_cancelled_is_aborted(
+    store: S3ObjectStore, key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "source"
+    digest = _random_file(source, 24 * MIB)
+    client = store._calls.client
+    create, begun = client.create_multipart_upload, asyncio.Event()
+
+    async def slow_answer(**asked: str) -> object:
+        answer: object = await create(**asked)
+        begun.set()
+        await asyncio.sleep(0.1)
+        return answer
+
+    monkeypatch.setattr(client, "create_multipart_upload", slow_answer)
+    put = asyncio.create_task(store.put_file(key, source, digest=digest))
+    await begun.wait()
+    put.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await put
+    uploads = await client.list_multipart_uploads(Bucket="mint")
+    assert not [each for each in uploads.get("Uploads", []) if each["Key"] == key]
+
+
 async def test_parallel_ranges_equal_one_read(weed: WeedServer, store: S3ObjectStore, key: str, tmp_path: Path) -> None:
     source = tmp_path / "source"
     digest = _random_file(source, 9 * MIB + 123)

@@ -265,13 +265,7 @@ class S3ObjectStore:
             with contextlib.suppress(NotFound):
                 return _matching(await self._head(key), size_bytes, digest)
         where = {"Bucket": self._bucket, "Key": key}
-        metadata = {_DIGEST_METADATA: digest_hex(digest)}
-        created: Any = await self._calls.call(
-            "put",
-            key,
-            lambda: client.create_multipart_upload(**where, ChecksumAlgorithm="SHA256", Metadata=metadata),
-        )
-        upload = {**where, "UploadId": created["UploadId"]}
+        upload = await self._calls.call("put", key, functools.partial(self._begin, where, digest))
         try:
             parts = await self._upload_parts(key, file, size_bytes, digest, upload)
             listed = [{"PartNumber": p.number, "ETag": p.etag, "ChecksumSHA256": p.checksum} for p in parts]
@@ -291,6 +285,25 @@ class S3ObjectStore:
         except BaseException:  # also when cancelled, no parts may stay behind
             await self._abort(upload)
             raise
+
+    async def _begin(self, where: dict[str, str], digest: str) -> dict[str, str]:
+        """One attempt to begin an upload; gives its address.
+
+        A caller that is cancelled while the request is on its way waits for the answer: only the answer names the
+        upload that the store may already have begun.
+        """
+        metadata = {_DIGEST_METADATA: digest_hex(digest)}
+        creating: asyncio.Future[Any] = asyncio.ensure_future(
+            self._calls.client.create_multipart_upload(**where, ChecksumAlgorithm="SHA256", Metadata=metadata)
+        )
+        try:
+            created = await asyncio.shield(creating)
+        except asyncio.CancelledError:
+            with contextlib.suppress(*STORE_FAILURES, TimeoutError):
+                created = await asyncio.wait_for(creating, self._settings.connect_timeout_s)
+                await self._abort({**where, "UploadId": created["UploadId"]})
+            raise
+        return {**where, "UploadId": created["UploadId"]}
 
     async def _upload_parts(
         self, key: str, file: BinaryIO, size_bytes: int, digest: str, upload: dict[str, str]
