@@ -134,7 +134,7 @@ def creation(session_id: str = "s1", **fields: Any) -> pb.CreateSessionRequest:
 
 def forward_backward(seq: int, *data: pb.Datum, session: str = SESSION, **fields: Any) -> pb.ForwardBackwardRequest:
     return pb.ForwardBackwardRequest(
-        **{"session": session, "seq": seq, "data": data, "loss": pb.LOSS_FUNCTION_CROSS_ENTROPY, **fields}
+        **{"session": session, "seq": seq, "data": data, "loss": common_pb2.LOSS_FUNCTION_CROSS_ENTROPY, **fields}
     )
 
 
@@ -224,7 +224,7 @@ async def test_defaults_of_a_recipe(trainer: rpc.SessionServiceStub) -> None:
         (forward_backward(1, datum(1), session="s1"), errors.InvalidArgument, "session"),
         (forward_backward(1, datum(1), session="tenants/acme/sessions/none"), errors.NotFound, None),
         (forward_backward(2, datum(1)), errors.WrongState, None),
-        (forward_backward(1, datum(1), loss=pb.LOSS_FUNCTION_UNSPECIFIED), errors.InvalidArgument, "loss"),
+        (forward_backward(1, datum(1), loss=common_pb2.LOSS_FUNCTION_UNSPECIFIED), errors.InvalidArgument, "loss"),
         (forward_backward(1, datum(1), loss=99), errors.InvalidArgument, "loss"),
         (
             forward_backward(1, datum(1), loss_parameters={"x": 1.0}),

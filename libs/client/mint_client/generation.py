@@ -6,7 +6,7 @@ import dataclasses
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 
-from mint_api.v1 import inference_service_pb2
+from mint_api.v1 import common_pb2, inference_service_pb2
 from mint_core.errors import Internal, InvalidArgument
 
 __all__ = ["Generation", "PromptLike", "as_prompt", "gather"]
@@ -42,6 +42,10 @@ class Generation:
     num_completion_tokens: int
     routed_experts: bytes
     """int32 ``[num_tokens - 1, num_layers, top_k]`` little-endian; empty unless asked for."""
+    numerics: common_pb2.Numerics
+    """Arithmetic of the engine that generated."""
+    header_s: float
+    """Seconds from the call to the header: the adapter is in the engine by then."""
     first_token_s: float
     """Seconds from the call to the first chunk with a token."""
     total_s: float
@@ -74,10 +78,10 @@ async def gather(responses: AsyncIterator[inference_service_pb2.GenerateResponse
     text: list[str] = []
     token_ids: list[int] = []
     logprobs: list[float] = []
-    first_token_s = 0.0
+    header_s = first_token_s = 0.0
     async for response in responses:
         if response.WhichOneof("content") == "header":
-            header = response.header
+            header, header_s = response.header, time.perf_counter() - start_s
             continue
         last = response.chunk
         if last.token_ids and not token_ids:
@@ -104,6 +108,8 @@ async def gather(responses: AsyncIterator[inference_service_pb2.GenerateResponse
         num_prompt_tokens=last.num_prompt_tokens,
         num_completion_tokens=last.num_completion_tokens,
         routed_experts=last.routed_experts,
+        numerics=header.numerics,
+        header_s=header_s,
         first_token_s=first_token_s,
         total_s=time.perf_counter() - start_s,
     )

@@ -70,7 +70,7 @@ class Sessions:
         seq: int,
         data: Sequence[session_service_pb2.Datum],
         *,
-        loss: session_service_pb2.LossFunction.ValueType = session_service_pb2.LOSS_FUNCTION_CROSS_ENTROPY,
+        loss: common_pb2.LossFunction.ValueType = common_pb2.LOSS_FUNCTION_CROSS_ENTROPY,
         loss_parameters: Mapping[str, float] | None = None,
         return_logprobs: bool = False,
         timeout_s: float = STEP_TIMEOUT_S,

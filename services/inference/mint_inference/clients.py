@@ -225,5 +225,6 @@ def _decode_replica(replica: replica_pb.EngineReplica) -> Replica:
         base_model=replica.base_model,
         base_digest=replica.numerics.base_digest,
         state=_STATES.get(cast("Any", replica.state), ReplicaState.SICK),
+        numerics=replica.numerics,
         registered_at_s=replica.register_time.ToNanoseconds() / 1e9,
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from mint_api.v1 import alias_service_pb2 as alias_pb
 from mint_api.v1 import common_pb2
 from mint_api.v1 import inference_service_pb2 as pb
@@ -55,6 +57,7 @@ def encode_header(header: Header) -> pb.GenerationHeader:
         engine_replica=header.replica,
         cold=header.cold,
         prompt_token_ids=header.prompt_token_ids,
+        numerics=cast("common_pb2.Numerics | None", header.numerics),
     )
 
 

@@ -299,4 +299,5 @@ def _lost(replica: Replica, num_tokens: int, why: str) -> Unavailable:
 
 
 def _header(answered: _Answered[T], prompt_token_ids: Sequence[int]) -> Header:
-    return Header(answered.resolution, answered.replica.name, answered.cold, prompt_token_ids)
+    replica = answered.replica
+    return Header(answered.resolution, replica.name, answered.cold, prompt_token_ids, replica.numerics)

@@ -107,6 +107,8 @@ class Replica:
     state: ReplicaState = ReplicaState.READY
     registered_at_s: float = 0.0
     """Seconds since the epoch; another value is another life of the engine, which begins empty."""
+    numerics: object = field(default=None, compare=False)
+    """Its arithmetic, handed to the client as it registered it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +161,8 @@ class Header:
     replica: str
     cold: bool
     prompt_token_ids: Sequence[int]
+    numerics: object = None
+    """The replica's arithmetic, as it registered it."""
 
 
 class Catalog(Protocol):

@@ -151,10 +151,10 @@ def _data(data: Sequence[pb.Datum]) -> list[Datum]:
     ]
 
 
-def _loss(loss: pb.LossFunction.ValueType) -> str:
-    if loss == pb.LOSS_FUNCTION_UNSPECIFIED or loss not in pb.LossFunction.values():
+def _loss(loss: common_pb2.LossFunction.ValueType) -> str:
+    if loss == common_pb2.LOSS_FUNCTION_UNSPECIFIED or loss not in common_pb2.LossFunction.values():
         raise InvalidArgument(f"loss is {loss}: choose one, e.g. LOSS_FUNCTION_CROSS_ENTROPY", field="loss")
-    return pb.LossFunction.Name(loss).removeprefix("LOSS_FUNCTION_").lower()
+    return common_pb2.LossFunction.Name(loss).removeprefix("LOSS_FUNCTION_").lower()
 
 
 def _optimizer(config: run_service_pb2.OptimizerConfig) -> AdamWConfig:

@@ -8,6 +8,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -18,6 +19,47 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _LossFunction:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _LossFunctionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_LossFunction.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    LOSS_FUNCTION_UNSPECIFIED: _LossFunction.ValueType  # 0
+    """Not used on the wire."""
+    LOSS_FUNCTION_CROSS_ENTROPY: _LossFunction.ValueType  # 1
+    """-sum w log p(target)."""
+    LOSS_FUNCTION_IMPORTANCE_SAMPLING: _LossFunction.ValueType  # 2
+    """-sum w A r."""
+    LOSS_FUNCTION_PPO: _LossFunction.ValueType  # 3
+    """-sum w min(r A, clip(r) A), clip to [clip_low, clip_high] (Schulman et al. 2017, arXiv 1707.06347)."""
+    LOSS_FUNCTION_CISPO: _LossFunction.ValueType  # 4
+    """-sum w stop_gradient(clip(r)) A log p (MiniMax 2025, arXiv 2506.13585)."""
+    LOSS_FUNCTION_DRO: _LossFunction.ValueType  # 5
+    """-sum w (A log p - beta / 2 (log p - log q)^2) (Richemond et al. 2024, arXiv 2405.19107)."""
+
+class LossFunction(_LossFunction, metaclass=_LossFunctionEnumTypeWrapper):
+    """Loss over a batch; all are sums over tokens, with w the token's weight, A its advantage, p the probability of the
+    target under the policy in training, q under the behaviour policy and r = p / q. With the parameter "sequence_level"
+    set to 1, r is the geometric mean of the ratios of the datum's tokens of non-zero weight (Zheng et al. 2025, GSPO,
+    arXiv 2507.18071). With "kl_coefficient" b greater than 0 every policy-gradient loss adds b sum w (x - log x - 1),
+    x = p_ref / p (Schulman 2020, "Approximating KL divergence", k3), and needs reference log-probabilities.
+    """
+
+LOSS_FUNCTION_UNSPECIFIED: LossFunction.ValueType  # 0
+"""Not used on the wire."""
+LOSS_FUNCTION_CROSS_ENTROPY: LossFunction.ValueType  # 1
+"""-sum w log p(target)."""
+LOSS_FUNCTION_IMPORTANCE_SAMPLING: LossFunction.ValueType  # 2
+"""-sum w A r."""
+LOSS_FUNCTION_PPO: LossFunction.ValueType  # 3
+"""-sum w min(r A, clip(r) A), clip to [clip_low, clip_high] (Schulman et al. 2017, arXiv 1707.06347)."""
+LOSS_FUNCTION_CISPO: LossFunction.ValueType  # 4
+"""-sum w stop_gradient(clip(r)) A log p (MiniMax 2025, arXiv 2506.13585)."""
+LOSS_FUNCTION_DRO: LossFunction.ValueType  # 5
+"""-sum w (A log p - beta / 2 (log p - log q)^2) (Richemond et al. 2024, arXiv 2405.19107)."""
+Global___LossFunction: _TypeAlias = LossFunction  # noqa: Y015
 
 @_typing.final
 class Consistency(_message.Message):

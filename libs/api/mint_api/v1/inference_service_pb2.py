@@ -26,7 +26,7 @@ from mint_api.v1 import alias_service_pb2 as mint_dot_v1_dot_alias__service__pb2
 from mint_api.v1 import common_pb2 as mint_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fmint/v1/inference_service.proto\x12\x07mint.v1\x1a\x1bmint/v1/alias_service.proto\x1a\x14mint/v1/common.proto\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\".\n\x04\x43hat\x12&\n\x08messages\x18\x01 \x03(\x0b\x32\x14.mint.v1.ChatMessage\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\x05\"g\n\x06Prompt\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\x1d\n\x04\x63hat\x18\x02 \x01(\x0b\x32\r.mint.v1.ChatH\x00\x12#\n\x06tokens\x18\x03 \x01(\x0b\x32\x11.mint.v1.TokenIdsH\x00\x42\t\n\x07\x63ontent\"\xb1\x01\n\x0eSamplingParams\x12\x16\n\x0emax_new_tokens\x18\x01 \x01(\x05\x12\x13\n\x0btemperature\x18\x02 \x01(\x01\x12\r\n\x05top_p\x18\x03 \x01(\x01\x12\r\n\x05top_k\x18\x04 \x01(\x05\x12\x0c\n\x04stop\x18\x05 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x06 \x03(\x05\x12\x12\n\nignore_eos\x18\x07 \x01(\x08\x12\x11\n\x04seed\x18\x08 \x01(\x04H\x00\x88\x01\x01\x42\x07\n\x05_seed\"\xc3\x01\n\x0eGeneratedChunk\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12\x10\n\x08logprobs\x18\x03 \x03(\x02\x12,\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x15.mint.v1.FinishReason\x12\x19\n\x11num_prompt_tokens\x18\x05 \x01(\x05\x12\x1d\n\x15num_completion_tokens\x18\x06 \x01(\x05\x12\x16\n\x0erouted_experts\x18\x07 \x01(\x0c\"{\n\x10GenerationHeader\x12\'\n\nresolution\x18\x01 \x01(\x0b\x32\x13.mint.v1.Resolution\x12\x16\n\x0e\x65ngine_replica\x18\x02 \x01(\t\x12\x0c\n\x04\x63old\x18\x03 \x01(\x08\x12\x18\n\x10prompt_token_ids\x18\x04 \x03(\x05\"\xf3\x01\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x1f\n\x06prompt\x18\x02 \x01(\x0b\x32\x0f.mint.v1.Prompt\x12)\n\x08sampling\x18\x03 \x01(\x0b\x32\x17.mint.v1.SamplingParams\x12\x17\n\x0freturn_logprobs\x18\x04 \x01(\x08\x12\x1d\n\x15return_routed_experts\x18\x05 \x01(\x08\x12\x12\n\nsticky_key\x18\x06 \x01(\t\x12)\n\x0b\x63onsistency\x18\x07 \x01(\x0b\x32\x14.mint.v1.Consistency\x12\x0e\n\x06tenant\x18\x08 \x01(\t\"t\n\x10GenerateResponse\x12+\n\x06header\x18\x01 \x01(\x0b\x32\x19.mint.v1.GenerationHeaderH\x00\x12(\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x17.mint.v1.GeneratedChunkH\x00\x42\t\n\x07\x63ontent\"y\n\x0cScoreRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x1f\n\x06prompt\x18\x02 \x01(\x0b\x32\x0f.mint.v1.Prompt\x12)\n\x0b\x63onsistency\x18\x03 \x01(\x0b\x32\x14.mint.v1.Consistency\x12\x0e\n\x06tenant\x18\x04 \x01(\t\"L\n\rScoreResponse\x12)\n\x06header\x18\x01 \x01(\x0b\x32\x19.mint.v1.GenerationHeader\x12\x10\n\x08logprobs\x18\x02 \x03(\x02*x\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x17\n\x13\x46INISH_REASON_ABORT\x10\x03\x32\x8d\x01\n\x10InferenceService\x12\x41\n\x08Generate\x12\x18.mint.v1.GenerateRequest\x1a\x19.mint.v1.GenerateResponse0\x01\x12\x36\n\x05Score\x12\x15.mint.v1.ScoreRequest\x1a\x16.mint.v1.ScoreResponseB$Z\"mint.dev/api/gen/go/mint/v1;mintv1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fmint/v1/inference_service.proto\x12\x07mint.v1\x1a\x1bmint/v1/alias_service.proto\x1a\x14mint/v1/common.proto\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\".\n\x04\x43hat\x12&\n\x08messages\x18\x01 \x03(\x0b\x32\x14.mint.v1.ChatMessage\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\x05\"g\n\x06Prompt\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\x1d\n\x04\x63hat\x18\x02 \x01(\x0b\x32\r.mint.v1.ChatH\x00\x12#\n\x06tokens\x18\x03 \x01(\x0b\x32\x11.mint.v1.TokenIdsH\x00\x42\t\n\x07\x63ontent\"\xb1\x01\n\x0eSamplingParams\x12\x16\n\x0emax_new_tokens\x18\x01 \x01(\x05\x12\x13\n\x0btemperature\x18\x02 \x01(\x01\x12\r\n\x05top_p\x18\x03 \x01(\x01\x12\r\n\x05top_k\x18\x04 \x01(\x05\x12\x0c\n\x04stop\x18\x05 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x06 \x03(\x05\x12\x12\n\nignore_eos\x18\x07 \x01(\x08\x12\x11\n\x04seed\x18\x08 \x01(\x04H\x00\x88\x01\x01\x42\x07\n\x05_seed\"\xc3\x01\n\x0eGeneratedChunk\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12\x10\n\x08logprobs\x18\x03 \x03(\x02\x12,\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x15.mint.v1.FinishReason\x12\x19\n\x11num_prompt_tokens\x18\x05 \x01(\x05\x12\x1d\n\x15num_completion_tokens\x18\x06 \x01(\x05\x12\x16\n\x0erouted_experts\x18\x07 \x01(\x0c\"\xa0\x01\n\x10GenerationHeader\x12\'\n\nresolution\x18\x01 \x01(\x0b\x32\x13.mint.v1.Resolution\x12\x16\n\x0e\x65ngine_replica\x18\x02 \x01(\t\x12\x0c\n\x04\x63old\x18\x03 \x01(\x08\x12\x18\n\x10prompt_token_ids\x18\x04 \x03(\x05\x12#\n\x08numerics\x18\x05 \x01(\x0b\x32\x11.mint.v1.Numerics\"\xf3\x01\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x1f\n\x06prompt\x18\x02 \x01(\x0b\x32\x0f.mint.v1.Prompt\x12)\n\x08sampling\x18\x03 \x01(\x0b\x32\x17.mint.v1.SamplingParams\x12\x17\n\x0freturn_logprobs\x18\x04 \x01(\x08\x12\x1d\n\x15return_routed_experts\x18\x05 \x01(\x08\x12\x12\n\nsticky_key\x18\x06 \x01(\t\x12)\n\x0b\x63onsistency\x18\x07 \x01(\x0b\x32\x14.mint.v1.Consistency\x12\x0e\n\x06tenant\x18\x08 \x01(\t\"t\n\x10GenerateResponse\x12+\n\x06header\x18\x01 \x01(\x0b\x32\x19.mint.v1.GenerationHeaderH\x00\x12(\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x17.mint.v1.GeneratedChunkH\x00\x42\t\n\x07\x63ontent\"y\n\x0cScoreRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x1f\n\x06prompt\x18\x02 \x01(\x0b\x32\x0f.mint.v1.Prompt\x12)\n\x0b\x63onsistency\x18\x03 \x01(\x0b\x32\x14.mint.v1.Consistency\x12\x0e\n\x06tenant\x18\x04 \x01(\t\"L\n\rScoreResponse\x12)\n\x06header\x18\x01 \x01(\x0b\x32\x19.mint.v1.GenerationHeader\x12\x10\n\x08logprobs\x18\x02 \x03(\x02*x\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x17\n\x13\x46INISH_REASON_ABORT\x10\x03\x32\x8d\x01\n\x10InferenceService\x12\x41\n\x08Generate\x12\x18.mint.v1.GenerateRequest\x1a\x19.mint.v1.GenerateResponse0\x01\x12\x36\n\x05Score\x12\x15.mint.v1.ScoreRequest\x1a\x16.mint.v1.ScoreResponseB$Z\"mint.dev/api/gen/go/mint/v1;mintv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,8 +34,8 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'mint.v1.inference_service_p
 if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'Z\"mint.dev/api/gen/go/mint/v1;mintv1'
-  _globals['_FINISHREASON']._serialized_start=1387
-  _globals['_FINISHREASON']._serialized_end=1507
+  _globals['_FINISHREASON']._serialized_start=1425
+  _globals['_FINISHREASON']._serialized_end=1545
   _globals['_CHATMESSAGE']._serialized_start=95
   _globals['_CHATMESSAGE']._serialized_end=139
   _globals['_CHAT']._serialized_start=141
@@ -48,16 +48,16 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SAMPLINGPARAMS']._serialized_end=497
   _globals['_GENERATEDCHUNK']._serialized_start=500
   _globals['_GENERATEDCHUNK']._serialized_end=695
-  _globals['_GENERATIONHEADER']._serialized_start=697
-  _globals['_GENERATIONHEADER']._serialized_end=820
-  _globals['_GENERATEREQUEST']._serialized_start=823
-  _globals['_GENERATEREQUEST']._serialized_end=1066
-  _globals['_GENERATERESPONSE']._serialized_start=1068
-  _globals['_GENERATERESPONSE']._serialized_end=1184
-  _globals['_SCOREREQUEST']._serialized_start=1186
-  _globals['_SCOREREQUEST']._serialized_end=1307
-  _globals['_SCORERESPONSE']._serialized_start=1309
-  _globals['_SCORERESPONSE']._serialized_end=1385
-  _globals['_INFERENCESERVICE']._serialized_start=1510
-  _globals['_INFERENCESERVICE']._serialized_end=1651
+  _globals['_GENERATIONHEADER']._serialized_start=698
+  _globals['_GENERATIONHEADER']._serialized_end=858
+  _globals['_GENERATEREQUEST']._serialized_start=861
+  _globals['_GENERATEREQUEST']._serialized_end=1104
+  _globals['_GENERATERESPONSE']._serialized_start=1106
+  _globals['_GENERATERESPONSE']._serialized_end=1222
+  _globals['_SCOREREQUEST']._serialized_start=1224
+  _globals['_SCOREREQUEST']._serialized_end=1345
+  _globals['_SCORERESPONSE']._serialized_start=1347
+  _globals['_SCORERESPONSE']._serialized_end=1423
+  _globals['_INFERENCESERVICE']._serialized_start=1548
+  _globals['_INFERENCESERVICE']._serialized_end=1689
 # @@protoc_insertion_point(module_scope)

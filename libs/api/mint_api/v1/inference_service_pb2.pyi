@@ -275,6 +275,7 @@ class GenerationHeader(_message.Message):
     ENGINE_REPLICA_FIELD_NUMBER: _builtins.int
     COLD_FIELD_NUMBER: _builtins.int
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    NUMERICS_FIELD_NUMBER: _builtins.int
     engine_replica: _builtins.str
     """engineReplicas/{engine_replica} that generates."""
     cold: _builtins.bool
@@ -287,6 +288,10 @@ class GenerationHeader(_message.Message):
     def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Token ids of the prompt as the engine saw it."""
 
+    @_builtins.property
+    def numerics(self) -> _common_pb2.Numerics:
+        """Arithmetic of the engine that generates."""
+
     def __init__(
         self,
         *,
@@ -294,10 +299,11 @@ class GenerationHeader(_message.Message):
         engine_replica: _builtins.str = ...,
         cold: _builtins.bool = ...,
         prompt_token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        numerics: _common_pb2.Numerics | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["resolution", b"resolution"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["numerics", b"numerics", "resolution", b"resolution"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cold", b"cold", "engine_replica", b"engine_replica", "prompt_token_ids", b"prompt_token_ids", "resolution", b"resolution"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cold", b"cold", "engine_replica", b"engine_replica", "numerics", b"numerics", "prompt_token_ids", b"prompt_token_ids", "resolution", b"resolution"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -26,7 +26,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from mint_api.v1 import common_pb2 as mint_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dmint/v1/rollout_service.proto\x12\x07mint.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x14mint/v1/common.proto\"\xc2\x02\n\x07Rollout\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x17\n\x0frevision_digest\x18\x03 \x01(\t\x12\x0b\n\x03run\x18\x04 \x01(\t\x12\x0c\n\x04step\x18\x05 \x01(\x03\x12\x12\n\nobject_key\x18\x06 \x01(\t\x12\x1e\n\x04\x62lob\x18\x07 \x01(\x0b\x32\x10.mint.v1.BlobRef\x12#\n\x08numerics\x18\x08 \x01(\x0b\x32\x11.mint.v1.Numerics\x12\x13\n\x0bnum_samples\x18\t \x01(\x05\x12\x13\n\x0breward_mean\x18\n \x01(\x01\x12/\n\x0b\x63reate_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"|\n\x14\x43reateRolloutRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x12\n\nrollout_id\x18\x02 \x01(\t\x12!\n\x07rollout\x18\x03 \x01(\x0b\x32\x10.mint.v1.Rollout\x12\x1d\n\x05\x66\x65nce\x18\x04 \x01(\x0b\x32\x0e.mint.v1.Fence\"T\n\x15\x43reateRolloutResponse\x12!\n\x07rollout\x18\x01 \x01(\x0b\x32\x10.mint.v1.Rollout\x12\x18\n\x10\x63\x61talog_revision\x18\x02 \x01(\x03\"!\n\x11GetRolloutRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"7\n\x12GetRolloutResponse\x12!\n\x07rollout\x18\x01 \x01(\x0b\x32\x10.mint.v1.Rollout\"L\n\x13ListRolloutsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"S\n\x14ListRolloutsResponse\x12\"\n\x08rollouts\x18\x01 \x03(\x0b\x32\x10.mint.v1.Rollout\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t2\xf4\x01\n\x0eRolloutService\x12N\n\rCreateRollout\x12\x1d.mint.v1.CreateRolloutRequest\x1a\x1e.mint.v1.CreateRolloutResponse\x12\x45\n\nGetRollout\x12\x1a.mint.v1.GetRolloutRequest\x1a\x1b.mint.v1.GetRolloutResponse\x12K\n\x0cListRollouts\x12\x1c.mint.v1.ListRolloutsRequest\x1a\x1d.mint.v1.ListRolloutsResponseB$Z\"mint.dev/api/gen/go/mint/v1;mintv1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dmint/v1/rollout_service.proto\x12\x07mint.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x14mint/v1/common.proto\"\xec\x02\n\x07Rollout\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x17\n\x0frevision_digest\x18\x03 \x01(\t\x12\x0b\n\x03run\x18\x04 \x01(\t\x12\x0c\n\x04step\x18\x05 \x01(\x03\x12\x12\n\nobject_key\x18\x06 \x01(\t\x12\x1e\n\x04\x62lob\x18\x07 \x01(\x0b\x32\x10.mint.v1.BlobRef\x12#\n\x08numerics\x18\x08 \x01(\x0b\x32\x11.mint.v1.Numerics\x12\x13\n\x0bnum_samples\x18\t \x01(\x05\x12\x13\n\x0breward_mean\x18\n \x01(\x01\x12/\n\x0b\x63reate_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x12\n\nnum_tokens\x18\r \x01(\x03\x12\x14\n\x0cnum_unscored\x18\x0e \x01(\x05\"|\n\x14\x43reateRolloutRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x12\n\nrollout_id\x18\x02 \x01(\t\x12!\n\x07rollout\x18\x03 \x01(\x0b\x32\x10.mint.v1.Rollout\x12\x1d\n\x05\x66\x65nce\x18\x04 \x01(\x0b\x32\x0e.mint.v1.Fence\"T\n\x15\x43reateRolloutResponse\x12!\n\x07rollout\x18\x01 \x01(\x0b\x32\x10.mint.v1.Rollout\x12\x18\n\x10\x63\x61talog_revision\x18\x02 \x01(\x03\"!\n\x11GetRolloutRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"7\n\x12GetRolloutResponse\x12!\n\x07rollout\x18\x01 \x01(\x0b\x32\x10.mint.v1.Rollout\"Y\n\x13ListRolloutsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\x12\x0b\n\x03run\x18\x04 \x01(\t\"S\n\x14ListRolloutsResponse\x12\"\n\x08rollouts\x18\x01 \x03(\x0b\x32\x10.mint.v1.Rollout\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"C\n\x14\x44\x65leteRolloutRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1d\n\x05\x66\x65nce\x18\x02 \x01(\x0b\x32\x0e.mint.v1.Fence\"\x17\n\x15\x44\x65leteRolloutResponse2\xc4\x02\n\x0eRolloutService\x12N\n\rCreateRollout\x12\x1d.mint.v1.CreateRolloutRequest\x1a\x1e.mint.v1.CreateRolloutResponse\x12\x45\n\nGetRollout\x12\x1a.mint.v1.GetRolloutRequest\x1a\x1b.mint.v1.GetRolloutResponse\x12K\n\x0cListRollouts\x12\x1c.mint.v1.ListRolloutsRequest\x1a\x1d.mint.v1.ListRolloutsResponse\x12N\n\rDeleteRollout\x12\x1d.mint.v1.DeleteRolloutRequest\x1a\x1e.mint.v1.DeleteRolloutResponseB$Z\"mint.dev/api/gen/go/mint/v1;mintv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,19 +35,23 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'Z\"mint.dev/api/gen/go/mint/v1;mintv1'
   _globals['_ROLLOUT']._serialized_start=98
-  _globals['_ROLLOUT']._serialized_end=420
-  _globals['_CREATEROLLOUTREQUEST']._serialized_start=422
-  _globals['_CREATEROLLOUTREQUEST']._serialized_end=546
-  _globals['_CREATEROLLOUTRESPONSE']._serialized_start=548
-  _globals['_CREATEROLLOUTRESPONSE']._serialized_end=632
-  _globals['_GETROLLOUTREQUEST']._serialized_start=634
-  _globals['_GETROLLOUTREQUEST']._serialized_end=667
-  _globals['_GETROLLOUTRESPONSE']._serialized_start=669
-  _globals['_GETROLLOUTRESPONSE']._serialized_end=724
-  _globals['_LISTROLLOUTSREQUEST']._serialized_start=726
-  _globals['_LISTROLLOUTSREQUEST']._serialized_end=802
-  _globals['_LISTROLLOUTSRESPONSE']._serialized_start=804
-  _globals['_LISTROLLOUTSRESPONSE']._serialized_end=887
-  _globals['_ROLLOUTSERVICE']._serialized_start=890
-  _globals['_ROLLOUTSERVICE']._serialized_end=1134
+  _globals['_ROLLOUT']._serialized_end=462
+  _globals['_CREATEROLLOUTREQUEST']._serialized_start=464
+  _globals['_CREATEROLLOUTREQUEST']._serialized_end=588
+  _globals['_CREATEROLLOUTRESPONSE']._serialized_start=590
+  _globals['_CREATEROLLOUTRESPONSE']._serialized_end=674
+  _globals['_GETROLLOUTREQUEST']._serialized_start=676
+  _globals['_GETROLLOUTREQUEST']._serialized_end=709
+  _globals['_GETROLLOUTRESPONSE']._serialized_start=711
+  _globals['_GETROLLOUTRESPONSE']._serialized_end=766
+  _globals['_LISTROLLOUTSREQUEST']._serialized_start=768
+  _globals['_LISTROLLOUTSREQUEST']._serialized_end=857
+  _globals['_LISTROLLOUTSRESPONSE']._serialized_start=859
+  _globals['_LISTROLLOUTSRESPONSE']._serialized_end=942
+  _globals['_DELETEROLLOUTREQUEST']._serialized_start=944
+  _globals['_DELETEROLLOUTREQUEST']._serialized_end=1011
+  _globals['_DELETEROLLOUTRESPONSE']._serialized_start=1013
+  _globals['_DELETEROLLOUTRESPONSE']._serialized_end=1036
+  _globals['_ROLLOUTSERVICE']._serialized_start=1039
+  _globals['_ROLLOUTSERVICE']._serialized_end=1363
 # @@protoc_insertion_point(module_scope)

@@ -22,7 +22,9 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class Rollout(_message.Message):
-    """Prompts, samples, log-probabilities, routes and rewards of one step: one object, and this pointer to it."""
+    """Prompts, samples, log-probabilities, routes and rewards of one step: one object, and this pointer to it. The object
+    is a safetensors file that says itself what its tensors are.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -38,6 +40,8 @@ class Rollout(_message.Message):
     REWARD_MEAN_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     EXPIRE_TIME_FIELD_NUMBER: _builtins.int
+    NUM_TOKENS_FIELD_NUMBER: _builtins.int
+    NUM_UNSCORED_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """tenants/{tenant}/policies/{policy}/rollouts/{rollout}"""
     revision: _builtins.str
@@ -49,11 +53,15 @@ class Rollout(_message.Message):
     step: _builtins.int
     """Step of the run."""
     object_key: _builtins.str
-    """Object key of the batch."""
+    """Object key of the batch; unique to this rollout, so that deleting it takes nothing from another."""
     num_samples: _builtins.int
-    """Number of samples."""
+    """Number of samples, scored or not."""
     reward_mean: _builtins.float
-    """Mean reward."""
+    """Mean reward of the scored samples; 0 if there is none."""
+    num_tokens: _builtins.int
+    """Tokens generated."""
+    num_unscored: _builtins.int
+    """Samples without a reward, because their scorer failed."""
     @_builtins.property
     def blob(self) -> _common_pb2.BlobRef:
         """Digest and size of the batch."""
@@ -85,10 +93,12 @@ class Rollout(_message.Message):
         reward_mean: _builtins.float = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
         expire_time: _timestamp_pb2.Timestamp | None = ...,
+        num_tokens: _builtins.int = ...,
+        num_unscored: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["blob", b"blob", "create_time", b"create_time", "expire_time", b"expire_time", "numerics", b"numerics"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blob", b"blob", "create_time", b"create_time", "expire_time", b"expire_time", "name", b"name", "num_samples", b"num_samples", "numerics", b"numerics", "object_key", b"object_key", "revision", b"revision", "revision_digest", b"revision_digest", "reward_mean", b"reward_mean", "run", b"run", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blob", b"blob", "create_time", b"create_time", "expire_time", b"expire_time", "name", b"name", "num_samples", b"num_samples", "num_tokens", b"num_tokens", "num_unscored", b"num_unscored", "numerics", b"numerics", "object_key", b"object_key", "revision", b"revision", "revision_digest", b"revision_digest", "reward_mean", b"reward_mean", "run", b"run", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -215,22 +225,26 @@ class ListRolloutsRequest(_message.Message):
     PARENT_FIELD_NUMBER: _builtins.int
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    RUN_FIELD_NUMBER: _builtins.int
     parent: _builtins.str
     """tenants/{tenant}/policies/{policy}"""
     page_size: _builtins.int
     """At most this many; 0 means 50, more than 1000 is clamped."""
     page_token: _builtins.str
     """From the previous page."""
+    run: _builtins.str
+    """Only rollouts of this run (a run name); empty means all."""
     def __init__(
         self,
         *,
         parent: _builtins.str = ...,
         page_size: _builtins.int = ...,
         page_token: _builtins.str = ...,
+        run: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token", "parent", b"parent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token", "parent", b"parent", "run", b"run"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -263,3 +277,48 @@ class ListRolloutsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListRolloutsResponse: _TypeAlias = ListRolloutsResponse  # noqa: Y015
+
+@_typing.final
+class DeleteRolloutRequest(_message.Message):
+    """Request of DeleteRollout."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    FENCE_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """tenants/{tenant}/policies/{policy}/rollouts/{rollout}"""
+    @_builtins.property
+    def fence(self) -> _common_pb2.Fence:
+        """Proof of the policy's lease."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        fence: _common_pb2.Fence | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["fence", b"fence"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fence", b"fence", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteRolloutRequest: _TypeAlias = DeleteRolloutRequest  # noqa: Y015
+
+@_typing.final
+class DeleteRolloutResponse(_message.Message):
+    """Response of DeleteRollout."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteRolloutResponse: _TypeAlias = DeleteRolloutResponse  # noqa: Y015

@@ -50,6 +50,11 @@ class RolloutServiceStub:
                 request_serializer=mint_dot_v1_dot_rollout__service__pb2.ListRolloutsRequest.SerializeToString,
                 response_deserializer=mint_dot_v1_dot_rollout__service__pb2.ListRolloutsResponse.FromString,
                 _registered_method=True)
+        self.DeleteRollout = channel.unary_unary(
+                '/mint.v1.RolloutService/DeleteRollout',
+                request_serializer=mint_dot_v1_dot_rollout__service__pb2.DeleteRolloutRequest.SerializeToString,
+                response_deserializer=mint_dot_v1_dot_rollout__service__pb2.DeleteRolloutResponse.FromString,
+                _registered_method=True)
 
 
 class RolloutServiceServicer:
@@ -57,12 +62,13 @@ class RolloutServiceServicer:
     """
 
     def CreateRollout(self, request, context):
-        """Records a rollout batch.
+        """Records a rollout batch whose object is stored. The same call again answers the stored rollout.
 
         Errors:
+        * INVALID_ARGUMENT / INVALID_FIELD: a bad field; the revision belongs to another policy or has another digest.
         * NOT_FOUND / RESOURCE_NOT_FOUND: no such policy or revision.
+        * ALREADY_EXISTS / RESOURCE_EXISTS: the name is taken by another batch.
         * FAILED_PRECONDITION / LEASE_LOST: the fence was superseded.
-        * FAILED_PRECONDITION / BLOB_MISSING: the batch is absent or not verified.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -88,6 +94,17 @@ class RolloutServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DeleteRollout(self, request, context):
+        """Forgets a rollout; its object is the caller's to delete, before this. An unknown rollout is a no-op.
+
+        Errors:
+        * NOT_FOUND / RESOURCE_NOT_FOUND: no such policy.
+        * FAILED_PRECONDITION / LEASE_LOST: the fence was superseded.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_RolloutServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -105,6 +122,11 @@ def add_RolloutServiceServicer_to_server(servicer, server):
                     servicer.ListRollouts,
                     request_deserializer=mint_dot_v1_dot_rollout__service__pb2.ListRolloutsRequest.FromString,
                     response_serializer=mint_dot_v1_dot_rollout__service__pb2.ListRolloutsResponse.SerializeToString,
+            ),
+            'DeleteRollout': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteRollout,
+                    request_deserializer=mint_dot_v1_dot_rollout__service__pb2.DeleteRolloutRequest.FromString,
+                    response_serializer=mint_dot_v1_dot_rollout__service__pb2.DeleteRolloutResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -189,6 +211,33 @@ class RolloutService:
             '/mint.v1.RolloutService/ListRollouts',
             mint_dot_v1_dot_rollout__service__pb2.ListRolloutsRequest.SerializeToString,
             mint_dot_v1_dot_rollout__service__pb2.ListRolloutsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteRollout(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mint.v1.RolloutService/DeleteRollout',
+            mint_dot_v1_dot_rollout__service__pb2.DeleteRolloutRequest.SerializeToString,
+            mint_dot_v1_dot_rollout__service__pb2.DeleteRolloutResponse.FromString,
             options,
             channel_credentials,
             insecure,

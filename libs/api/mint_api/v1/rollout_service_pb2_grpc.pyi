@@ -34,12 +34,13 @@ class RolloutServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> RolloutServiceAsyncStub: ...
     CreateRollout: _grpc.UnaryUnaryMultiCallable[_rollout_service_pb2.CreateRolloutRequest, _rollout_service_pb2.CreateRolloutResponse]
-    """Records a rollout batch.
+    """Records a rollout batch whose object is stored. The same call again answers the stored rollout.
 
     Errors:
+    * INVALID_ARGUMENT / INVALID_FIELD: a bad field; the revision belongs to another policy or has another digest.
     * NOT_FOUND / RESOURCE_NOT_FOUND: no such policy or revision.
+    * ALREADY_EXISTS / RESOURCE_EXISTS: the name is taken by another batch.
     * FAILED_PRECONDITION / LEASE_LOST: the fence was superseded.
-    * FAILED_PRECONDITION / BLOB_MISSING: the batch is absent or not verified.
     """
     GetRollout: _grpc.UnaryUnaryMultiCallable[_rollout_service_pb2.GetRolloutRequest, _rollout_service_pb2.GetRolloutResponse]
     """Reads one rollout's pointer.
@@ -53,6 +54,13 @@ class RolloutServiceStub:
     Errors:
     * INVALID_ARGUMENT / INVALID_FIELD: bad parent, page_size or page_token.
     """
+    DeleteRollout: _grpc.UnaryUnaryMultiCallable[_rollout_service_pb2.DeleteRolloutRequest, _rollout_service_pb2.DeleteRolloutResponse]
+    """Forgets a rollout; its object is the caller's to delete, before this. An unknown rollout is a no-op.
+
+    Errors:
+    * NOT_FOUND / RESOURCE_NOT_FOUND: no such policy.
+    * FAILED_PRECONDITION / LEASE_LOST: the fence was superseded.
+    """
 
 @_typing.type_check_only
 class RolloutServiceAsyncStub(RolloutServiceStub):
@@ -60,12 +68,13 @@ class RolloutServiceAsyncStub(RolloutServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateRollout: _aio.UnaryUnaryMultiCallable[_rollout_service_pb2.CreateRolloutRequest, _rollout_service_pb2.CreateRolloutResponse]  # type: ignore[assignment]
-    """Records a rollout batch.
+    """Records a rollout batch whose object is stored. The same call again answers the stored rollout.
 
     Errors:
+    * INVALID_ARGUMENT / INVALID_FIELD: a bad field; the revision belongs to another policy or has another digest.
     * NOT_FOUND / RESOURCE_NOT_FOUND: no such policy or revision.
+    * ALREADY_EXISTS / RESOURCE_EXISTS: the name is taken by another batch.
     * FAILED_PRECONDITION / LEASE_LOST: the fence was superseded.
-    * FAILED_PRECONDITION / BLOB_MISSING: the batch is absent or not verified.
     """
     GetRollout: _aio.UnaryUnaryMultiCallable[_rollout_service_pb2.GetRolloutRequest, _rollout_service_pb2.GetRolloutResponse]  # type: ignore[assignment]
     """Reads one rollout's pointer.
@@ -79,6 +88,13 @@ class RolloutServiceAsyncStub(RolloutServiceStub):
     Errors:
     * INVALID_ARGUMENT / INVALID_FIELD: bad parent, page_size or page_token.
     """
+    DeleteRollout: _aio.UnaryUnaryMultiCallable[_rollout_service_pb2.DeleteRolloutRequest, _rollout_service_pb2.DeleteRolloutResponse]  # type: ignore[assignment]
+    """Forgets a rollout; its object is the caller's to delete, before this. An unknown rollout is a no-op.
+
+    Errors:
+    * NOT_FOUND / RESOURCE_NOT_FOUND: no such policy.
+    * FAILED_PRECONDITION / LEASE_LOST: the fence was superseded.
+    """
 
 class RolloutServiceServicer(metaclass=_abc_1.ABCMeta):
     """Rollout batches. Served by catalog."""
@@ -89,12 +105,13 @@ class RolloutServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _rollout_service_pb2.CreateRolloutRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_rollout_service_pb2.CreateRolloutResponse, _abc.Awaitable[_rollout_service_pb2.CreateRolloutResponse]]:
-        """Records a rollout batch.
+        """Records a rollout batch whose object is stored. The same call again answers the stored rollout.
 
         Errors:
+        * INVALID_ARGUMENT / INVALID_FIELD: a bad field; the revision belongs to another policy or has another digest.
         * NOT_FOUND / RESOURCE_NOT_FOUND: no such policy or revision.
+        * ALREADY_EXISTS / RESOURCE_EXISTS: the name is taken by another batch.
         * FAILED_PRECONDITION / LEASE_LOST: the fence was superseded.
-        * FAILED_PRECONDITION / BLOB_MISSING: the batch is absent or not verified.
         """
 
     @_abc_1.abstractmethod
@@ -119,6 +136,19 @@ class RolloutServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Errors:
         * INVALID_ARGUMENT / INVALID_FIELD: bad parent, page_size or page_token.
+        """
+
+    @_abc_1.abstractmethod
+    def DeleteRollout(
+        self,
+        request: _rollout_service_pb2.DeleteRolloutRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_rollout_service_pb2.DeleteRolloutResponse, _abc.Awaitable[_rollout_service_pb2.DeleteRolloutResponse]]:
+        """Forgets a rollout; its object is the caller's to delete, before this. An unknown rollout is a no-op.
+
+        Errors:
+        * NOT_FOUND / RESOURCE_NOT_FOUND: no such policy.
+        * FAILED_PRECONDITION / LEASE_LOST: the fence was superseded.
         """
 
 def add_RolloutServiceServicer_to_server(servicer: RolloutServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -61,6 +61,58 @@ RUN_STATE_CANCELLED: RunState.ValueType  # 6
 """Ended by a cancel."""
 Global___RunState: _TypeAlias = RunState  # noqa: Y015
 
+class _GroupAdvantage:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _GroupAdvantageEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_GroupAdvantage.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    GROUP_ADVANTAGE_UNSPECIFIED: _GroupAdvantage.ValueType  # 0
+    """As STANDARDIZED."""
+    GROUP_ADVANTAGE_STANDARDIZED: _GroupAdvantage.ValueType  # 1
+    """(reward - mean) / (standard deviation + 1e-4) (Shao et al. 2024, arXiv 2402.03300)."""
+    GROUP_ADVANTAGE_CENTERED: _GroupAdvantage.ValueType  # 2
+    """reward - mean (Liu et al. 2025, Dr. GRPO, arXiv 2503.20783)."""
+
+class GroupAdvantage(_GroupAdvantage, metaclass=_GroupAdvantageEnumTypeWrapper):
+    """How the rewards of one group of samples become advantages; an advantage holds for all tokens of its completion."""
+
+GROUP_ADVANTAGE_UNSPECIFIED: GroupAdvantage.ValueType  # 0
+"""As STANDARDIZED."""
+GROUP_ADVANTAGE_STANDARDIZED: GroupAdvantage.ValueType  # 1
+"""(reward - mean) / (standard deviation + 1e-4) (Shao et al. 2024, arXiv 2402.03300)."""
+GROUP_ADVANTAGE_CENTERED: GroupAdvantage.ValueType  # 2
+"""reward - mean (Liu et al. 2025, Dr. GRPO, arXiv 2503.20783)."""
+Global___GroupAdvantage: _TypeAlias = GroupAdvantage  # noqa: Y015
+
+class _TokenWeighting:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _TokenWeightingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_TokenWeighting.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    TOKEN_WEIGHTING_UNSPECIFIED: _TokenWeighting.ValueType  # 0
+    """As TOKEN_MEAN."""
+    TOKEN_WEIGHTING_TOKEN_MEAN: _TokenWeighting.ValueType  # 1
+    """All tokens of the batch equally (Yu et al. 2025, DAPO, arXiv 2503.14476)."""
+    TOKEN_WEIGHTING_SEQUENCE_MEAN: _TokenWeighting.ValueType  # 2
+    """All completions equally, whatever their length (Shao et al. 2024)."""
+    TOKEN_WEIGHTING_FIXED_LENGTH: _TokenWeighting.ValueType  # 3
+    """1 / max_new_tokens for each token, then the mean over completions (Liu et al. 2025)."""
+
+class TokenWeighting(_TokenWeighting, metaclass=_TokenWeightingEnumTypeWrapper):
+    """How much each token of a batch counts."""
+
+TOKEN_WEIGHTING_UNSPECIFIED: TokenWeighting.ValueType  # 0
+"""As TOKEN_MEAN."""
+TOKEN_WEIGHTING_TOKEN_MEAN: TokenWeighting.ValueType  # 1
+"""All tokens of the batch equally (Yu et al. 2025, DAPO, arXiv 2503.14476)."""
+TOKEN_WEIGHTING_SEQUENCE_MEAN: TokenWeighting.ValueType  # 2
+"""All completions equally, whatever their length (Shao et al. 2024)."""
+TOKEN_WEIGHTING_FIXED_LENGTH: TokenWeighting.ValueType  # 3
+"""1 / max_new_tokens for each token, then the mean over completions (Liu et al. 2025)."""
+Global___TokenWeighting: _TypeAlias = TokenWeighting  # noqa: Y015
+
 @_typing.final
 class OptimizerConfig(_message.Message):
     """AdamW and its schedule (Loshchilov & Hutter 2019, arXiv 1711.05101)."""
@@ -169,9 +221,36 @@ Global___SftRecipe: _TypeAlias = SftRecipe  # noqa: Y015
 
 @_typing.final
 class GrpoRecipe(_message.Message):
-    """Group-relative policy optimization (Shao et al. 2024, arXiv 2402.03300)."""
+    """Group-relative policy optimization (Shao et al. 2024, arXiv 2402.03300).
+
+    Each step samples a batch from the revision that the step before published, scores it, stores it, updates once,
+    saves, exports and publishes. A batch that is stored is never sampled again: a run that is interrupted later goes on
+    from it bit for bit. A sample without a score is left out and counted. A group whose rewards are all equal, or
+    that has fewer than two scores, teaches nothing and is left out unless there is a KL penalty; a step in which no
+    sample is left counts and changes nothing.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class ScorerOptionsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
 
     PROMPTS_FIELD_NUMBER: _builtins.int
     SCORER_FIELD_NUMBER: _builtins.int
@@ -184,31 +263,74 @@ class GrpoRecipe(_message.Message):
     CLIP_EPSILON_FIELD_NUMBER: _builtins.int
     KL_COEFFICIENT_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
+    SCORER_OPTIONS_FIELD_NUMBER: _builtins.int
+    SCORER_TIMEOUT_S_FIELD_NUMBER: _builtins.int
+    ADVANTAGE_FIELD_NUMBER: _builtins.int
+    WEIGHTING_FIELD_NUMBER: _builtins.int
+    LOSS_FIELD_NUMBER: _builtins.int
+    CLIP_EPSILON_HIGH_FIELD_NUMBER: _builtins.int
+    SEQUENCE_LEVEL_RATIO_FIELD_NUMBER: _builtins.int
+    MAX_STALENESS_FIELD_NUMBER: _builtins.int
+    PROMOTE_EVERY_STEPS_FIELD_NUMBER: _builtins.int
+    STOP_FIELD_NUMBER: _builtins.int
+    ROLLOUT_TTL_S_FIELD_NUMBER: _builtins.int
     scorer: _builtins.str
-    """Name of an installed scorer (entry-point group "mint.scorers")."""
+    """Name of an installed scorer (entry-point group "mint.scorers") or of a remote one that the operator configured."""
     num_steps: _builtins.int
-    """Optimizer steps."""
+    """Optimizer steps; required."""
     num_prompts_per_step: _builtins.int
-    """Prompts in one step."""
+    """Prompts in one step; required."""
     group_size: _builtins.int
-    """Samples for each prompt."""
+    """Samples for each prompt, at least 2; required."""
     max_new_tokens: _builtins.int
-    """Longest completion in tokens."""
+    """Longest completion in tokens; required."""
     temperature: _builtins.float
-    """Sampling temperature."""
+    """Sampling temperature; 0 means 1. The recorded log-probabilities are those of temperature 1, so another temperature
+    makes the samples off-policy.
+    """
     clip_epsilon: _builtins.float
-    """Clip range of the probability ratio."""
+    """The ratio is clipped below 1 - clip_epsilon; 0 means 0.2."""
     kl_coefficient: _builtins.float
     """Weight of the KL penalty to the base; 0 means none."""
     seed: _builtins.int
     """Seed of prompts and samples."""
+    scorer_timeout_s: _builtins.float
+    """Longest time for one sample's score in seconds; 0 means 10."""
+    advantage: Global___GroupAdvantage.ValueType
+    """How rewards become advantages."""
+    weighting: Global___TokenWeighting.ValueType
+    """How tokens are weighted."""
+    loss: _common_pb2.LossFunction.ValueType
+    """The loss; unspecified means PPO. CROSS_ENTROPY is refused."""
+    clip_epsilon_high: _builtins.float
+    """The ratio is clipped above 1 + clip_epsilon_high; 0 means the same as clip_epsilon."""
+    sequence_level_ratio: _builtins.bool
+    """Take the ratio of whole completions instead of single tokens (GSPO)."""
+    max_staleness: _builtins.int
+    """Steps by which the generating revision may lag behind the updated one: 0, or 1 to sample the next batch
+    during the update.
+    """
+    promote_every_steps: _builtins.int
+    """Promote promote_alias every this many steps and at the end; 0 means at the end only."""
+    rollout_ttl_s: _builtins.int
+    """Rollout batches may be deleted this long after they were made; 0 means 7 days."""
     @_builtins.property
     def prompts(self) -> _common_pb2.BlobRef:
-        """Prompts: a JSONL blob of this tenant."""
+        """Prompts: a JSONL blob of this tenant. Lines of SFT data are usable: the last assistant message or the completion
+        is what a scorer may compare with.
+        """
 
     @_builtins.property
     def optimizer(self) -> Global___OptimizerConfig:
         """The optimizer."""
+
+    @_builtins.property
+    def scorer_options(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Passed to the scorer."""
+
+    @_builtins.property
+    def stop(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Stop a completion before any of these texts."""
 
     def __init__(
         self,
@@ -224,10 +346,21 @@ class GrpoRecipe(_message.Message):
         clip_epsilon: _builtins.float = ...,
         kl_coefficient: _builtins.float = ...,
         seed: _builtins.int = ...,
+        scorer_options: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        scorer_timeout_s: _builtins.float = ...,
+        advantage: Global___GroupAdvantage.ValueType = ...,
+        weighting: Global___TokenWeighting.ValueType = ...,
+        loss: _common_pb2.LossFunction.ValueType = ...,
+        clip_epsilon_high: _builtins.float = ...,
+        sequence_level_ratio: _builtins.bool = ...,
+        max_staleness: _builtins.int = ...,
+        promote_every_steps: _builtins.int = ...,
+        stop: _abc.Iterable[_builtins.str] | None = ...,
+        rollout_ttl_s: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["optimizer", b"optimizer", "prompts", b"prompts"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["clip_epsilon", b"clip_epsilon", "group_size", b"group_size", "kl_coefficient", b"kl_coefficient", "max_new_tokens", b"max_new_tokens", "num_prompts_per_step", b"num_prompts_per_step", "num_steps", b"num_steps", "optimizer", b"optimizer", "prompts", b"prompts", "scorer", b"scorer", "seed", b"seed", "temperature", b"temperature"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["advantage", b"advantage", "clip_epsilon", b"clip_epsilon", "clip_epsilon_high", b"clip_epsilon_high", "group_size", b"group_size", "kl_coefficient", b"kl_coefficient", "loss", b"loss", "max_new_tokens", b"max_new_tokens", "max_staleness", b"max_staleness", "num_prompts_per_step", b"num_prompts_per_step", "num_steps", b"num_steps", "optimizer", b"optimizer", "promote_every_steps", b"promote_every_steps", "prompts", b"prompts", "rollout_ttl_s", b"rollout_ttl_s", "scorer", b"scorer", "scorer_options", b"scorer_options", "scorer_timeout_s", b"scorer_timeout_s", "seed", b"seed", "sequence_level_ratio", b"sequence_level_ratio", "stop", b"stop", "temperature", b"temperature", "weighting", b"weighting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -281,23 +414,62 @@ Global___DpoRecipe: _TypeAlias = DpoRecipe  # noqa: Y015
 
 @_typing.final
 class EvaluationRecipe(_message.Message):
-    """Scoring of one revision on held-out data."""
+    """Scoring of one revision on held-out data. The result is the evaluation {policy}/evaluations/{run id}."""
 
     DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class ScorerOptionsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
 
     REVISION_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
     SCORER_FIELD_NUMBER: _builtins.int
     MAX_NEW_TOKENS_FIELD_NUMBER: _builtins.int
+    SCORER_OPTIONS_FIELD_NUMBER: _builtins.int
+    SCORER_TIMEOUT_S_FIELD_NUMBER: _builtins.int
+    TEMPERATURE_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    STOP_FIELD_NUMBER: _builtins.int
     revision: _builtins.str
-    """The revision (a revision name)."""
+    """The revision (a revision name of run.policy), or a base model name to score the base on purpose."""
     scorer: _builtins.str
-    """Name of an installed scorer."""
+    """Name of a scorer, as in GrpoRecipe."""
     max_new_tokens: _builtins.int
-    """Longest completion in tokens."""
+    """Longest completion in tokens; 0 means 128."""
+    scorer_timeout_s: _builtins.float
+    """Longest time for one sample's score in seconds; 0 means 10."""
+    temperature: _builtins.float
+    """0 is greedy."""
+    seed: _builtins.int
+    """Seed of the samples."""
     @_builtins.property
     def data(self) -> _common_pb2.BlobRef:
-        """Prompts and references: a JSONL blob of this tenant."""
+        """Prompts and references, as in GrpoRecipe: a JSONL blob of this tenant."""
+
+    @_builtins.property
+    def scorer_options(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Passed to the scorer."""
+
+    @_builtins.property
+    def stop(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Stop a completion before any of these texts."""
 
     def __init__(
         self,
@@ -306,10 +478,15 @@ class EvaluationRecipe(_message.Message):
         data: _common_pb2.BlobRef | None = ...,
         scorer: _builtins.str = ...,
         max_new_tokens: _builtins.int = ...,
+        scorer_options: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        scorer_timeout_s: _builtins.float = ...,
+        temperature: _builtins.float = ...,
+        seed: _builtins.int = ...,
+        stop: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["data", b"data"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "max_new_tokens", b"max_new_tokens", "revision", b"revision", "scorer", b"scorer"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "max_new_tokens", b"max_new_tokens", "revision", b"revision", "scorer", b"scorer", "scorer_options", b"scorer_options", "scorer_timeout_s", b"scorer_timeout_s", "seed", b"seed", "stop", b"stop", "temperature", b"temperature"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -392,6 +569,67 @@ class RunProgress(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RunProgress: _TypeAlias = RunProgress  # noqa: Y015
+
+@_typing.final
+class RunStep(_message.Message):
+    """Figures of one step, kept for every step as long as the run is."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class MetricsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    STEP_FIELD_NUMBER: _builtins.int
+    TIME_FIELD_NUMBER: _builtins.int
+    LOSS_FIELD_NUMBER: _builtins.int
+    METRICS_FIELD_NUMBER: _builtins.int
+    step: _builtins.int
+    """Optimizer steps done after it, from 1."""
+    loss: _builtins.float
+    """Training loss per token."""
+    @_builtins.property
+    def time(self) -> _timestamp_pb2.Timestamp:
+        """When it was done."""
+
+    @_builtins.property
+    def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """More figures by name; GRPO: "reward_mean", "reward_std", "num_samples", "num_unscored", "num_uninformative_groups",
+        "behavior_kl", "clip_fraction", "entropy", "tokens_per_s", "sample_ms", "score_ms", "persist_ms", "update_ms",
+        "save_ms", "export_ms", "load_ms", "first_token_ms", "step_ms".
+        """
+
+    def __init__(
+        self,
+        *,
+        step: _builtins.int = ...,
+        time: _timestamp_pb2.Timestamp | None = ...,
+        loss: _builtins.float = ...,
+        metrics: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["time", b"time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["loss", b"loss", "metrics", b"metrics", "step", b"step", "time", b"time"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RunStep: _TypeAlias = RunStep  # noqa: Y015
 
 @_typing.final
 class RunEvent(_message.Message):
@@ -778,6 +1016,64 @@ class WatchRunResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WatchRunResponse: _TypeAlias = WatchRunResponse  # noqa: Y015
+
+@_typing.final
+class ListRunStepsRequest(_message.Message):
+    """Request of ListRunSteps."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """tenants/{tenant}/runs/{run}"""
+    page_size: _builtins.int
+    """At most this many; 0 means 50, more than 1000 is clamped."""
+    page_token: _builtins.str
+    """From the previous page."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListRunStepsRequest: _TypeAlias = ListRunStepsRequest  # noqa: Y015
+
+@_typing.final
+class ListRunStepsResponse(_message.Message):
+    """Response of ListRunSteps."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STEPS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Empty on the last page."""
+    @_builtins.property
+    def steps(self) -> _containers.RepeatedCompositeFieldContainer[Global___RunStep]:
+        """One page."""
+
+    def __init__(
+        self,
+        *,
+        steps: _abc.Iterable[Global___RunStep] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["next_page_token", b"next_page_token", "steps", b"steps"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListRunStepsResponse: _TypeAlias = ListRunStepsResponse  # noqa: Y015
 
 @_typing.final
 class CancelRunRequest(_message.Message):

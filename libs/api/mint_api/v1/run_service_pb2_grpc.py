@@ -55,6 +55,11 @@ class RunServiceStub:
                 request_serializer=mint_dot_v1_dot_run__service__pb2.WatchRunRequest.SerializeToString,
                 response_deserializer=mint_dot_v1_dot_run__service__pb2.WatchRunResponse.FromString,
                 _registered_method=True)
+        self.ListRunSteps = channel.unary_unary(
+                '/mint.v1.RunService/ListRunSteps',
+                request_serializer=mint_dot_v1_dot_run__service__pb2.ListRunStepsRequest.SerializeToString,
+                response_deserializer=mint_dot_v1_dot_run__service__pb2.ListRunStepsResponse.FromString,
+                _registered_method=True)
         self.CancelRun = channel.unary_unary(
                 '/mint.v1.RunService/CancelRun',
                 request_serializer=mint_dot_v1_dot_run__service__pb2.CancelRunRequest.SerializeToString,
@@ -112,6 +117,17 @@ class RunServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListRunSteps(self, request, context):
+        """Lists the figures of a run's steps, oldest first.
+
+        Errors:
+        * INVALID_ARGUMENT / INVALID_FIELD: bad page_size or page_token.
+        * NOT_FOUND / RESOURCE_NOT_FOUND: no such run.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def CancelRun(self, request, context):
         """Asks a run to stop; a queued one ends at once, a running one at its next step.
 
@@ -145,6 +161,11 @@ def add_RunServiceServicer_to_server(servicer, server):
                     servicer.WatchRun,
                     request_deserializer=mint_dot_v1_dot_run__service__pb2.WatchRunRequest.FromString,
                     response_serializer=mint_dot_v1_dot_run__service__pb2.WatchRunResponse.SerializeToString,
+            ),
+            'ListRunSteps': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListRunSteps,
+                    request_deserializer=mint_dot_v1_dot_run__service__pb2.ListRunStepsRequest.FromString,
+                    response_serializer=mint_dot_v1_dot_run__service__pb2.ListRunStepsResponse.SerializeToString,
             ),
             'CancelRun': grpc.unary_unary_rpc_method_handler(
                     servicer.CancelRun,
@@ -261,6 +282,33 @@ class RunService:
             '/mint.v1.RunService/WatchRun',
             mint_dot_v1_dot_run__service__pb2.WatchRunRequest.SerializeToString,
             mint_dot_v1_dot_run__service__pb2.WatchRunResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListRunSteps(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mint.v1.RunService/ListRunSteps',
+            mint_dot_v1_dot_run__service__pb2.ListRunStepsRequest.SerializeToString,
+            mint_dot_v1_dot_run__service__pb2.ListRunStepsResponse.FromString,
             options,
             channel_credentials,
             insecure,

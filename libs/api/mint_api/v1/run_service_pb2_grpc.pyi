@@ -63,6 +63,13 @@ class RunServiceStub:
     Errors:
     * NOT_FOUND / RESOURCE_NOT_FOUND: no such run.
     """
+    ListRunSteps: _grpc.UnaryUnaryMultiCallable[_run_service_pb2.ListRunStepsRequest, _run_service_pb2.ListRunStepsResponse]
+    """Lists the figures of a run's steps, oldest first.
+
+    Errors:
+    * INVALID_ARGUMENT / INVALID_FIELD: bad page_size or page_token.
+    * NOT_FOUND / RESOURCE_NOT_FOUND: no such run.
+    """
     CancelRun: _grpc.UnaryUnaryMultiCallable[_run_service_pb2.CancelRunRequest, _run_service_pb2.CancelRunResponse]
     """Asks a run to stop; a queued one ends at once, a running one at its next step.
 
@@ -104,6 +111,13 @@ class RunServiceAsyncStub(RunServiceStub):
     """Streams a run: its present state at once, then every change, until it has ended.
 
     Errors:
+    * NOT_FOUND / RESOURCE_NOT_FOUND: no such run.
+    """
+    ListRunSteps: _aio.UnaryUnaryMultiCallable[_run_service_pb2.ListRunStepsRequest, _run_service_pb2.ListRunStepsResponse]  # type: ignore[assignment]
+    """Lists the figures of a run's steps, oldest first.
+
+    Errors:
+    * INVALID_ARGUMENT / INVALID_FIELD: bad page_size or page_token.
     * NOT_FOUND / RESOURCE_NOT_FOUND: no such run.
     """
     CancelRun: _aio.UnaryUnaryMultiCallable[_run_service_pb2.CancelRunRequest, _run_service_pb2.CancelRunResponse]  # type: ignore[assignment]
@@ -168,6 +182,19 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
         """Streams a run: its present state at once, then every change, until it has ended.
 
         Errors:
+        * NOT_FOUND / RESOURCE_NOT_FOUND: no such run.
+        """
+
+    @_abc_1.abstractmethod
+    def ListRunSteps(
+        self,
+        request: _run_service_pb2.ListRunStepsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_run_service_pb2.ListRunStepsResponse, _abc.Awaitable[_run_service_pb2.ListRunStepsResponse]]:
+        """Lists the figures of a run's steps, oldest first.
+
+        Errors:
+        * INVALID_ARGUMENT / INVALID_FIELD: bad page_size or page_token.
         * NOT_FOUND / RESOURCE_NOT_FOUND: no such run.
         """
 

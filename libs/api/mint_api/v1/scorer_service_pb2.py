@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cmint/v1/scorer_service.proto\x12\x07mint.v1\"H\n\x0cScoredSample\x12\x0e\n\x06prompt\x18\x01 \x01(\t\x12\x12\n\ncompletion\x18\x02 \x01(\t\x12\x14\n\x0c\x65xample_json\x18\x03 \x01(\t\"%\n\x05Score\x12\r\n\x05value\x18\x01 \x01(\x01\x12\r\n\x05\x65rror\x18\x02 \x01(\t\"=\n\x13ScoreSamplesRequest\x12&\n\x07samples\x18\x01 \x03(\x0b\x32\x15.mint.v1.ScoredSample\"6\n\x14ScoreSamplesResponse\x12\x1e\n\x06scores\x18\x01 \x03(\x0b\x32\x0e.mint.v1.Score2\\\n\rScorerService\x12K\n\x0cScoreSamples\x12\x1c.mint.v1.ScoreSamplesRequest\x1a\x1d.mint.v1.ScoreSamplesResponseB$Z\"mint.dev/api/gen/go/mint/v1;mintv1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cmint/v1/scorer_service.proto\x12\x07mint.v1\"H\n\x0cScoredSample\x12\x0e\n\x06prompt\x18\x01 \x01(\t\x12\x12\n\ncompletion\x18\x02 \x01(\t\x12\x14\n\x0c\x65xample_json\x18\x03 \x01(\t\"%\n\x05Score\x12\r\n\x05value\x18\x01 \x01(\x01\x12\r\n\x05\x65rror\x18\x02 \x01(\t\"\xa9\x01\n\x13ScoreSamplesRequest\x12&\n\x07samples\x18\x01 \x03(\x0b\x32\x15.mint.v1.ScoredSample\x12:\n\x07options\x18\x02 \x03(\x0b\x32).mint.v1.ScoreSamplesRequest.OptionsEntry\x1a.\n\x0cOptionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"6\n\x14ScoreSamplesResponse\x12\x1e\n\x06scores\x18\x01 \x03(\x0b\x32\x0e.mint.v1.Score2\\\n\rScorerService\x12K\n\x0cScoreSamples\x12\x1c.mint.v1.ScoreSamplesRequest\x1a\x1d.mint.v1.ScoreSamplesResponseB$Z\"mint.dev/api/gen/go/mint/v1;mintv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,14 +32,18 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'mint.v1.scorer_service_pb2'
 if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'Z\"mint.dev/api/gen/go/mint/v1;mintv1'
+  _globals['_SCORESAMPLESREQUEST_OPTIONSENTRY']._loaded_options = None
+  _globals['_SCORESAMPLESREQUEST_OPTIONSENTRY']._serialized_options = b'8\001'
   _globals['_SCOREDSAMPLE']._serialized_start=41
   _globals['_SCOREDSAMPLE']._serialized_end=113
   _globals['_SCORE']._serialized_start=115
   _globals['_SCORE']._serialized_end=152
-  _globals['_SCORESAMPLESREQUEST']._serialized_start=154
-  _globals['_SCORESAMPLESREQUEST']._serialized_end=215
-  _globals['_SCORESAMPLESRESPONSE']._serialized_start=217
-  _globals['_SCORESAMPLESRESPONSE']._serialized_end=271
-  _globals['_SCORERSERVICE']._serialized_start=273
-  _globals['_SCORERSERVICE']._serialized_end=365
+  _globals['_SCORESAMPLESREQUEST']._serialized_start=155
+  _globals['_SCORESAMPLESREQUEST']._serialized_end=324
+  _globals['_SCORESAMPLESREQUEST_OPTIONSENTRY']._serialized_start=278
+  _globals['_SCORESAMPLESREQUEST_OPTIONSENTRY']._serialized_end=324
+  _globals['_SCORESAMPLESRESPONSE']._serialized_start=326
+  _globals['_SCORESAMPLESRESPONSE']._serialized_end=380
+  _globals['_SCORERSERVICE']._serialized_start=382
+  _globals['_SCORERSERVICE']._serialized_end=474
 # @@protoc_insertion_point(module_scope)

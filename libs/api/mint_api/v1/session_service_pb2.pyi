@@ -8,7 +8,6 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
-from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from mint_api.v1 import common_pb2 as _common_pb2
 from mint_api.v1 import run_service_pb2 as _run_service_pb2
 import builtins as _builtins
@@ -21,42 +20,6 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
-
-class _LossFunction:
-    ValueType = _typing.NewType("ValueType", _builtins.int)
-    V: _TypeAlias = ValueType  # noqa: Y015
-
-class _LossFunctionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_LossFunction.ValueType], _builtins.type):
-    DESCRIPTOR: _descriptor.EnumDescriptor
-    LOSS_FUNCTION_UNSPECIFIED: _LossFunction.ValueType  # 0
-    """Not used on the wire."""
-    LOSS_FUNCTION_CROSS_ENTROPY: _LossFunction.ValueType  # 1
-    """-sum w log p(target)."""
-    LOSS_FUNCTION_IMPORTANCE_SAMPLING: _LossFunction.ValueType  # 2
-    """-sum w A p / q, with q the behaviour probability."""
-    LOSS_FUNCTION_PPO: _LossFunction.ValueType  # 3
-    """Clipped surrogate (Schulman et al. 2017, arXiv 1707.06347)."""
-    LOSS_FUNCTION_CISPO: _LossFunction.ValueType  # 4
-    """Clipped importance weights (MiniMax 2025, arXiv 2506.13585)."""
-    LOSS_FUNCTION_DRO: _LossFunction.ValueType  # 5
-    """Direct reward optimization (Richemond et al. 2024, arXiv 2405.19107)."""
-
-class LossFunction(_LossFunction, metaclass=_LossFunctionEnumTypeWrapper):
-    """Loss over a batch; all are sums over tokens."""
-
-LOSS_FUNCTION_UNSPECIFIED: LossFunction.ValueType  # 0
-"""Not used on the wire."""
-LOSS_FUNCTION_CROSS_ENTROPY: LossFunction.ValueType  # 1
-"""-sum w log p(target)."""
-LOSS_FUNCTION_IMPORTANCE_SAMPLING: LossFunction.ValueType  # 2
-"""-sum w A p / q, with q the behaviour probability."""
-LOSS_FUNCTION_PPO: LossFunction.ValueType  # 3
-"""Clipped surrogate (Schulman et al. 2017, arXiv 1707.06347)."""
-LOSS_FUNCTION_CISPO: LossFunction.ValueType  # 4
-"""Clipped importance weights (MiniMax 2025, arXiv 2506.13585)."""
-LOSS_FUNCTION_DRO: LossFunction.ValueType  # 5
-"""Direct reward optimization (Richemond et al. 2024, arXiv 2405.19107)."""
-Global___LossFunction: _TypeAlias = LossFunction  # noqa: Y015
 
 @_typing.final
 class Session(_message.Message):
@@ -128,6 +91,7 @@ class Datum(_message.Message):
     BEHAVIOR_LOGPROBS_FIELD_NUMBER: _builtins.int
     ADVANTAGES_FIELD_NUMBER: _builtins.int
     ROUTED_EXPERTS_FIELD_NUMBER: _builtins.int
+    REFERENCE_LOGPROBS_FIELD_NUMBER: _builtins.int
     routed_experts: _builtins.bytes
     """Routed experts of the rollout, int32 [n, num_layers, top_k] little-endian; for replay."""
     @_builtins.property
@@ -150,6 +114,10 @@ class Datum(_message.Message):
     def advantages(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
         """Advantage of each target, length n; for policy-gradient losses."""
 
+    @_builtins.property
+    def reference_logprobs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Log-probabilities of the targets under a reference policy, length n; for the KL penalty."""
+
     def __init__(
         self,
         *,
@@ -159,10 +127,11 @@ class Datum(_message.Message):
         behavior_logprobs: _abc.Iterable[_builtins.float] | None = ...,
         advantages: _abc.Iterable[_builtins.float] | None = ...,
         routed_experts: _builtins.bytes = ...,
+        reference_logprobs: _abc.Iterable[_builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["advantages", b"advantages", "behavior_logprobs", b"behavior_logprobs", "routed_experts", b"routed_experts", "targets", b"targets", "tokens", b"tokens", "weights", b"weights"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["advantages", b"advantages", "behavior_logprobs", b"behavior_logprobs", "reference_logprobs", b"reference_logprobs", "routed_experts", b"routed_experts", "targets", b"targets", "tokens", b"tokens", "weights", b"weights"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -174,6 +143,26 @@ class StepResult(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class MetricsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     LOSS_SUM_FIELD_NUMBER: _builtins.int
     WEIGHT_SUM_FIELD_NUMBER: _builtins.int
     NUM_TOKENS_FIELD_NUMBER: _builtins.int
@@ -181,6 +170,7 @@ class StepResult(_message.Message):
     GRAD_NORM_FIELD_NUMBER: _builtins.int
     STEP_FIELD_NUMBER: _builtins.int
     COMPUTE_MS_FIELD_NUMBER: _builtins.int
+    METRICS_FIELD_NUMBER: _builtins.int
     loss_sum: _builtins.float
     """Sum of the loss over all tokens."""
     weight_sum: _builtins.float
@@ -192,10 +182,17 @@ class StepResult(_message.Message):
     step: _builtins.int
     """Optimizer steps done after this step."""
     compute_ms: _builtins.float
-    """Time spent computing, in milliseconds."""
+    """Time spent computing, in milliseconds; 0 in a result that was read back with a saved state."""
     @_builtins.property
     def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprobs]:
         """Log-probabilities of the targets, one entry for each datum; empty unless asked for."""
+
+    @_builtins.property
+    def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """More figures of the loss, sums over the tokens of non-zero weight: "num_clipped" (targets whose ratio the loss
+        clipped), "behavior_kl" (k3 estimate of the divergence of the behaviour policy from the policy in training) and
+        "reference_kl"; each only where its inputs are given.
+        """
 
     def __init__(
         self,
@@ -207,10 +204,11 @@ class StepResult(_message.Message):
         grad_norm: _builtins.float = ...,
         step: _builtins.int = ...,
         compute_ms: _builtins.float = ...,
+        metrics: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_ms", b"compute_ms", "grad_norm", b"grad_norm", "logprobs", b"logprobs", "loss_sum", b"loss_sum", "num_tokens", b"num_tokens", "step", b"step", "weight_sum", b"weight_sum"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_ms", b"compute_ms", "grad_norm", b"grad_norm", "logprobs", b"logprobs", "loss_sum", b"loss_sum", "metrics", b"metrics", "num_tokens", b"num_tokens", "step", b"step", "weight_sum", b"weight_sum"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -403,8 +401,11 @@ class ForwardRequest(_message.Message):
 
     SESSION_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
+    REFERENCE_FIELD_NUMBER: _builtins.int
     session: _builtins.str
     """tenants/{tenant}/sessions/{session}"""
+    reference: _builtins.bool
+    """Compute under the base alone, without the session's adapter: log-probabilities of a reference policy."""
     @_builtins.property
     def data(self) -> _containers.RepeatedCompositeFieldContainer[Global___Datum]:
         """The batch."""
@@ -414,10 +415,11 @@ class ForwardRequest(_message.Message):
         *,
         session: _builtins.str = ...,
         data: _abc.Iterable[Global___Datum] | None = ...,
+        reference: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "session", b"session"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "reference", b"reference", "session", b"session"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -483,7 +485,7 @@ class ForwardBackwardRequest(_message.Message):
     """tenants/{tenant}/sessions/{session}"""
     seq: _builtins.int
     """Position of this step in the session."""
-    loss: Global___LossFunction.ValueType
+    loss: _common_pb2.LossFunction.ValueType
     """The loss."""
     return_logprobs: _builtins.bool
     """Fill in logprobs."""
@@ -493,7 +495,10 @@ class ForwardBackwardRequest(_message.Message):
 
     @_builtins.property
     def loss_parameters(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
-        """Parameters of the loss by name, e.g. "clip_epsilon"."""
+        """Parameters of the loss by name: "clip_low" and "clip_high" (bounds of r: 0.8 and 1.2 unless given) of PPO and CISPO,
+        "beta" (0.05) of DRO, "sequence_level" (0 or 1) of losses with a ratio, "kl_coefficient" of every policy-gradient
+        loss.
+        """
 
     def __init__(
         self,
@@ -501,7 +506,7 @@ class ForwardBackwardRequest(_message.Message):
         session: _builtins.str = ...,
         seq: _builtins.int = ...,
         data: _abc.Iterable[Global___Datum] | None = ...,
-        loss: Global___LossFunction.ValueType = ...,
+        loss: _common_pb2.LossFunction.ValueType = ...,
         loss_parameters: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
         return_logprobs: _builtins.bool = ...,
     ) -> None: ...

@@ -30,7 +30,8 @@ class SessionServiceStub:
 
     Steps of one session carry seq 1, 2, 3, … and run in that order. A repeated seq with the same payload
     answers the stored result; with another payload ALREADY_EXISTS / REQUEST_ID_REUSED. A failed step changes
-    nothing and never uses its seq up.
+    nothing and never uses its seq up. A saved state holds the newest step results too: a session created from it goes
+    on after the same seq, answers GetStep for them, and repeats of them by their stored results.
     """
 
     def __init__(self, channel):
@@ -91,7 +92,8 @@ class SessionServiceServicer:
 
     Steps of one session carry seq 1, 2, 3, … and run in that order. A repeated seq with the same payload
     answers the stored result; with another payload ALREADY_EXISTS / REQUEST_ID_REUSED. A failed step changes
-    nothing and never uses its seq up.
+    nothing and never uses its seq up. A saved state holds the newest step results too: a session created from it goes
+    on after the same seq, answers GetStep for them, and repeats of them by their stored results.
     """
 
     def CreateSession(self, request, context):
@@ -260,7 +262,8 @@ class SessionService:
 
     Steps of one session carry seq 1, 2, 3, … and run in that order. A repeated seq with the same payload
     answers the stored result; with another payload ALREADY_EXISTS / REQUEST_ID_REUSED. A failed step changes
-    nothing and never uses its seq up.
+    nothing and never uses its seq up. A saved state holds the newest step results too: a session created from it goes
+    on after the same seq, answers GetStep for them, and repeats of them by their stored results.
     """
 
     @staticmethod

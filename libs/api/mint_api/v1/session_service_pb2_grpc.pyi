@@ -31,7 +31,8 @@ class SessionServiceStub:
 
     Steps of one session carry seq 1, 2, 3, … and run in that order. A repeated seq with the same payload
     answers the stored result; with another payload ALREADY_EXISTS / REQUEST_ID_REUSED. A failed step changes
-    nothing and never uses its seq up.
+    nothing and never uses its seq up. A saved state holds the newest step results too: a session created from it goes
+    on after the same seq, answers GetStep for them, and repeats of them by their stored results.
     """
 
     @_typing.overload
@@ -114,7 +115,8 @@ class SessionServiceAsyncStub(SessionServiceStub):
 
     Steps of one session carry seq 1, 2, 3, … and run in that order. A repeated seq with the same payload
     answers the stored result; with another payload ALREADY_EXISTS / REQUEST_ID_REUSED. A failed step changes
-    nothing and never uses its seq up.
+    nothing and never uses its seq up. A saved state holds the newest step results too: a session created from it goes
+    on after the same seq, answers GetStep for them, and repeats of them by their stored results.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -193,7 +195,8 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
 
     Steps of one session carry seq 1, 2, 3, … and run in that order. A repeated seq with the same payload
     answers the stored result; with another payload ALREADY_EXISTS / REQUEST_ID_REUSED. A failed step changes
-    nothing and never uses its seq up.
+    nothing and never uses its seq up. A saved state holds the newest step results too: a session created from it goes
+    on after the same seq, answers GetStep for them, and repeats of them by their stored results.
     """
 
     @_abc_1.abstractmethod

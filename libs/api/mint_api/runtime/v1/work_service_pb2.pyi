@@ -296,7 +296,7 @@ class ClaimRunResponse(_message.Message):
 
     @_builtins.property
     def lease(self) -> Global___Lease:
-        """The policy's lease."""
+        """The lease."""
 
     def __init__(
         self,
@@ -322,11 +322,12 @@ class ReportRunRequest(_message.Message):
     FENCE_FIELD_NUMBER: _builtins.int
     PROGRESS_FIELD_NUMBER: _builtins.int
     EVENTS_FIELD_NUMBER: _builtins.int
+    STEPS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """tenants/{tenant}/runs/{run}"""
     @_builtins.property
     def fence(self) -> _common_pb2.Fence:
-        """Proof of the policy's lease."""
+        """Proof of the claim's lease."""
 
     @_builtins.property
     def progress(self) -> _run_service_pb2.RunProgress:
@@ -336,6 +337,10 @@ class ReportRunRequest(_message.Message):
     def events(self) -> _containers.RepeatedCompositeFieldContainer[_run_service_pb2.RunEvent]:
         """Appended."""
 
+    @_builtins.property
+    def steps(self) -> _containers.RepeatedCompositeFieldContainer[_run_service_pb2.RunStep]:
+        """Figures of steps, at most 100; a step that was reported before is replaced."""
+
     def __init__(
         self,
         *,
@@ -343,10 +348,11 @@ class ReportRunRequest(_message.Message):
         fence: _common_pb2.Fence | None = ...,
         progress: _run_service_pb2.RunProgress | None = ...,
         events: _abc.Iterable[_run_service_pb2.RunEvent] | None = ...,
+        steps: _abc.Iterable[_run_service_pb2.RunStep] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["fence", b"fence", "progress", b"progress"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events", "fence", b"fence", "name", b"name", "progress", b"progress"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events", "fence", b"fence", "name", b"name", "progress", b"progress", "steps", b"steps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -387,7 +393,7 @@ class CommitTrainingStateRequest(_message.Message):
     """tenants/{tenant}/runs/{run}"""
     @_builtins.property
     def fence(self) -> _common_pb2.Fence:
-        """Proof of the policy's lease."""
+        """Proof of the claim's lease."""
 
     @_builtins.property
     def state(self) -> _common_pb2.TrainingState:
@@ -454,7 +460,7 @@ class FinishRunRequest(_message.Message):
     """Revision it published (a revision name), or empty."""
     @_builtins.property
     def fence(self) -> _common_pb2.Fence:
-        """Proof of the policy's lease."""
+        """Proof of the claim's lease."""
 
     def __init__(
         self,

@@ -124,7 +124,8 @@ class WorkServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ClaimRun(self, request, context):
-        """Claims the next run that this worker can do, and its policy's lease in the same transaction. Waits until
+        """Claims the next run that this worker can do, and a lease in the same transaction: on its policy, or, for an
+        evaluation, which changes no policy, on the run itself. Waits until
         there is one or the call's deadline is near; then answers without a run. Each call claims another run: a
         claim whose answer was lost goes back to the queue when its lease ends.
 

@@ -60,7 +60,8 @@ class WorkServiceStub:
     * INVALID_ARGUMENT / INVALID_FIELD: bad parent.
     """
     ClaimRun: _grpc.UnaryUnaryMultiCallable[_work_service_pb2.ClaimRunRequest, _work_service_pb2.ClaimRunResponse]
-    """Claims the next run that this worker can do, and its policy's lease in the same transaction. Waits until
+    """Claims the next run that this worker can do, and a lease in the same transaction: on its policy, or, for an
+    evaluation, which changes no policy, on the run itself. Waits until
     there is one or the call's deadline is near; then answers without a run. Each call claims another run: a
     claim whose answer was lost goes back to the queue when its lease ends.
 
@@ -121,7 +122,8 @@ class WorkServiceAsyncStub(WorkServiceStub):
     * INVALID_ARGUMENT / INVALID_FIELD: bad parent.
     """
     ClaimRun: _aio.UnaryUnaryMultiCallable[_work_service_pb2.ClaimRunRequest, _work_service_pb2.ClaimRunResponse]  # type: ignore[assignment]
-    """Claims the next run that this worker can do, and its policy's lease in the same transaction. Waits until
+    """Claims the next run that this worker can do, and a lease in the same transaction: on its policy, or, for an
+    evaluation, which changes no policy, on the run itself. Waits until
     there is one or the call's deadline is near; then answers without a run. Each call claims another run: a
     claim whose answer was lost goes back to the queue when its lease ends.
 
@@ -209,7 +211,8 @@ class WorkServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _work_service_pb2.ClaimRunRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_work_service_pb2.ClaimRunResponse, _abc.Awaitable[_work_service_pb2.ClaimRunResponse]]:
-        """Claims the next run that this worker can do, and its policy's lease in the same transaction. Waits until
+        """Claims the next run that this worker can do, and a lease in the same transaction: on its policy, or, for an
+        evaluation, which changes no policy, on the run itself. Waits until
         there is one or the call's deadline is near; then answers without a run. Each call claims another run: a
         claim whose answer was lost goes back to the queue when its lease ends.
 
