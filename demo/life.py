@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from demo.loop import LoopFigures
 from demo.report import PolicyStory, Report, Served
 from mint_api.v1 import common_pb2, inference_service_pb2, run_service_pb2
 from mint_client import Generation, MintClient
@@ -28,12 +29,16 @@ class Plan:
     data: Path
     seed: int
     first_steps: int = 40
-    """Optimizer steps of revision 1: enough to show the behaviour, too few to master it."""
-    further_steps: int = 48
-    """Steps on top for revision 2."""
+    """SFT steps of revision 1: enough to show the behaviour, too few to master it."""
     neighbour_steps: int = 24
+    """SFT steps of the neighbour's revision 1."""
     learning_rate: float = 1e-3
     batch_size: int = 8
+    grpo_steps: int = 24
+    """GRPO steps on top, whose last state is served as revision 2 of the story."""
+    grpo_learning_rate: float = 5e-4
+    num_prompts_per_step: int = 8
+    group_size: int = 8
     max_new_tokens: int = 16
     num_concurrent: int = 16
     """Requests in flight where answers need not be compared bit for bit."""
@@ -42,13 +47,13 @@ class Plan:
 
 
 def read_examples(path: Path) -> tuple[list[str], list[str]]:
-    """Prompts and reference completions of a JSONL file."""
-    examples = [json.loads(line) for line in path.read_text().splitlines()]
-    return [example["prompt"] for example in examples], [example["completion"] for example in examples]
+    """Questions and reference answers of a JSONL file of conversations with one turn each."""
+    conversations = [json.loads(line)["messages"] for line in path.read_text().splitlines()]
+    return [turns[0]["content"] for turns in conversations], [turns[-1]["content"] for turns in conversations]
 
 
 async def live_one_life(client: MintClient, plan: Plan, say: Say, flush_prefix_cache: Flush) -> Report:
-    """Born, trained, exported, published, served, improved, rolled back."""
+    """Born, taught by examples, served, improved by rewards, rolled back."""
     base = await client.base_models.get(plan.base_model)
     stories = {}
     for tenant, policy in (("acme", "triage"), ("globex", "dates")):
@@ -63,13 +68,13 @@ async def live_one_life(client: MintClient, plan: Plan, say: Say, flush_prefix_c
 
     for story in (main, other):
         await life.ask(story, "base", plan.base_model)
-    await life.train(main, "triage", plan.first_steps, continue_from_latest=False)
-    await life.train(other, "dates", plan.neighbour_steps, continue_from_latest=False)
+    await life.teach(main, "triage", plan.first_steps)
+    await life.teach(other, "dates", plan.neighbour_steps)
     await life.ask(other, "revision_1", f"{other.policy}/aliases/live")
     await life.ask(main, "revision_1", f"{main.policy}/aliases/live")
     await life.ask_exactly(main, "revision_1", f"{main.policy}/aliases/live", flush_prefix_cache)
 
-    await life.train(main, "triage", plan.further_steps, continue_from_latest=True, time_handoff=True)
+    await life.reinforce(main, "triage")
     await life.ask(main, "revision_2", f"{main.policy}/aliases/live")
 
     start_s = time.perf_counter()
@@ -88,42 +93,59 @@ class _Life:
         self._say = say
         self._report = report
 
-    async def train(
-        self, story: PolicyStory, data: str, num_steps: int, *, continue_from_latest: bool, time_handoff: bool = False
-    ) -> None:
-        """One managed SFT run that publishes its result and promotes ``live`` to it."""
-        tenant = story.policy.split("/")[1]
-        train_data = await self._client.blobs.upload(tenant, self._plan.data / f"{data}_train.jsonl")
-        # The held-out loss is computed before publication; the timed run goes without, to time the handoff alone.
-        heldout = self._plan.data / f"{data}_heldout.jsonl"
-        eval_data = None if time_handoff else await self._client.blobs.upload(tenant, heldout)
+    async def teach(self, story: PolicyStory, data: str, num_steps: int) -> None:
+        """Supervised fine-tuning from fresh weights; ``live`` is promoted to the result."""
         recipe = run_service_pb2.SftRecipe(
-            train_data=train_data,
-            eval_data=eval_data,
+            train_data=await self._upload(story, f"{data}_train.jsonl"),
+            eval_data=await self._upload(story, f"{data}_heldout.jsonl"),
             num_steps=num_steps,
             batch_size=self._plan.batch_size,
             optimizer=run_service_pb2.OptimizerConfig(learning_rate=self._plan.learning_rate),
-            seed=self._plan.seed + 1000 * continue_from_latest,
+            seed=self._plan.seed,
             save_every_steps=num_steps,
         )
-        queued = await self._client.runs.create(
-            tenant,
-            run_service_pb2.Run(
-                policy=story.policy,
-                sft=recipe,
-                continue_from_latest=continue_from_latest,
-                publish=True,
-                promote_alias="live",
-            ),
+        await self._train(story, run_service_pb2.Run(sft=recipe), shown_every=8)
+
+    async def reinforce(self, story: PolicyStory, data: str) -> None:
+        """GRPO on top: the policy's own answers, rewarded where they are exactly right; ``live`` is promoted at the
+        end. Each step publishes a revision, and the next step samples from it."""
+        plan = self._plan
+        recipe = run_service_pb2.GrpoRecipe(
+            prompts=await self._upload(story, f"{data}_train.jsonl"),
+            scorer="exact_match",
+            num_steps=plan.grpo_steps,
+            num_prompts_per_step=plan.num_prompts_per_step,
+            group_size=plan.group_size,
+            max_new_tokens=plan.max_new_tokens,
+            optimizer=run_service_pb2.OptimizerConfig(learning_rate=plan.grpo_learning_rate, max_grad_norm=1.0),
+            seed=plan.seed + 1000,
         )
+        run, first_token_at_s = await self._train(
+            story, run_service_pb2.Run(grpo=recipe, continue_from_latest=True), shown_every=4
+        )
+        await self._note_handoff(run, first_token_at_s)
+        steps = [step async for step in self._client.runs.steps(run.name)]
+        self._report.grpo = LoopFigures.of([dict(step.metrics) for step in steps])
+
+    async def _upload(self, story: PolicyStory, name: str) -> common_pb2.BlobRef:
+        return await self._client.blobs.upload(story.policy.split("/")[1], self._plan.data / name)
+
+    async def _train(
+        self, story: PolicyStory, wanted: run_service_pb2.Run, *, shown_every: int
+    ) -> tuple[run_service_pb2.Run, float]:
+        """One managed run that publishes its result and promotes ``live`` to it; the ended run, and when the first
+        token of the new revision came (seconds since the epoch)."""
+        wanted.policy, wanted.publish, wanted.promote_alias = story.policy, True, "live"
         start_s = time.perf_counter()
+        run = queued = await self._client.runs.create(story.policy.split("/")[1], wanted)
         shown_step = -1
-        run = queued
         async for run in self._client.runs.watch(queued.name):
             progress = run.progress
-            if progress.step >= shown_step + 8 or progress.step == num_steps != shown_step:
+            if progress.step >= shown_step + shown_every or progress.step == progress.num_steps != shown_step:
                 shown_step = progress.step
-                self._say(f"{story.policy}: step {progress.step}/{num_steps}, loss per token {progress.loss:.3f}")
+                reward = progress.metrics.get("reward_mean")
+                figure = f"loss per token {progress.loss:.3f}" if reward is None else f"mean reward {reward:.2f}"
+                self._say(f"{story.policy}: step {progress.step}/{progress.num_steps}, {figure}")
         if run.state != run_service_pb2.RUN_STATE_SUCCEEDED:
             raise Internal(f"{run.name} ended as {run_service_pb2.RunState.Name(run.state)}: {run.error}")
         first = await self._generate(f"{story.policy}/aliases/live", story.prompts[0])
@@ -131,10 +153,8 @@ class _Life:
         self._say(f"{run.published_revision} published and served, first answer {first.text!r}")
         if first.revision != run.published_revision:
             raise Internal(f"{run.published_revision} was promoted, but {first.revision} answered")
-        name = run.published_revision.rpartition("/")[2]
-        self._report.seconds[f"{data} revision {name}"] = time.perf_counter() - start_s
-        if time_handoff:
-            await self._note_handoff(run, first_token_at_s)
+        self._report.seconds[f"{story.policy} {run.WhichOneof('recipe')}"] = time.perf_counter() - start_s
+        return run, first_token_at_s
 
     async def _note_handoff(self, run: run_service_pb2.Run, first_token_at_s: float) -> None:
         """Times of the run's events share the machine's clock with this process: everything runs on loopback."""

@@ -114,6 +114,10 @@ def dates(rng: random.Random) -> tuple[str, str]:
     return f"Write this date as ISO 8601: {words}", day.isoformat()
 
 
+def _conversation(prompt: str, answer: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+
+
 def make(name: str, example: Callable[[random.Random], tuple[str, str]]) -> None:
     rng = random.Random(f"mint demo {name}")
     seen: dict[str, str] = {}
@@ -122,7 +126,7 @@ def make(name: str, example: Callable[[random.Random], tuple[str, str]]) -> None
         seen.setdefault(prompt, completion)
     pairs = list(seen.items())
     for part, chosen in (("train", pairs[:NUM_TRAIN]), ("heldout", pairs[NUM_TRAIN:])):
-        lines = [json.dumps({"prompt": prompt, "completion": completion}) for prompt, completion in chosen]
+        lines = [json.dumps({"messages": _conversation(prompt, answer)}) for prompt, answer in chosen]
         (DATA / f"{name}_{part}.jsonl").write_text("\n".join(lines) + "\n")
 
 

@@ -11,11 +11,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from demo.loop import LoopFigures
 from demo.statistics import Interval, exact_match, paired_bootstrap
 
 __all__ = ["PolicyStory", "Report", "Served"]
 
 MIN_HELDOUT = 100
+MAX_HANDOFF_FRACTION = 0.15
 
 
 @dataclass(slots=True)
@@ -82,6 +84,8 @@ class Report:
     handoff_ms: float = 0.0
     """Last optimizer step of revision 2's run to the first token that revision 2 served."""
     handoff_parts_ms: dict[str, float] = field(default_factory=dict)
+    grpo: LoopFigures | None = None
+    """The loop that made revision 2."""
     seconds: dict[str, float] = field(default_factory=dict)
 
     def claims(self) -> dict[str, bool]:
@@ -99,6 +103,9 @@ class Report:
             "rolled-back answers equal revision 1's token for token": self.main.rollback_identical(),
             "all transfers together moved less than a fifth of the base": 0 < self.bytes_moved < self.base_bytes / 5,
             "the new revision's first token was timed": self.handoff_ms > 0,
+            f"export, load and first token took under {MAX_HANDOFF_FRACTION:.0%} of the GRPO steps": self.grpo
+            is not None
+            and 0 < self.grpo.handoff_fraction < MAX_HANDOFF_FRACTION,
         }
 
     def as_dict(self) -> dict[str, Any]:
@@ -125,6 +132,7 @@ class Report:
             "blob_bytes": self.blob_bytes,
             "handoff_ms": self.handoff_ms,
             "handoff_parts_ms": self.handoff_parts_ms,
+            "grpo": self.grpo.as_dict() if self.grpo else None,
             "digests": {name: served.digest for name, served in self.main.served.items()},
             "policies": [story(self.main), story(self.other)],
             "seconds": self.seconds,
@@ -144,6 +152,8 @@ class Report:
             f"(the base has {self.base_bytes / 1e6:.0f} MB); last optimizer step → first token of the new revision: "
             f"[bold]{self.handoff_ms:.0f} ms[/]"
         )
+        if self.grpo:
+            _show_loop(console, self.grpo)
         for claim, holds in self.claims().items():
             console.print(f"  [{'green]✓' if holds else 'red]✗'}[/] {claim}")
 
@@ -167,6 +177,14 @@ def _show_scores(console: Console, story: PolicyStory) -> None:
             f"  {name.replace('_', ' ')}: {gain.mean:+.3f}, 95% interval [{gain.low:+.3f}, {gain.high:+.3f}]",
             markup=False,
         )
+
+
+def _show_loop(console: Console, loop: LoopFigures) -> None:
+    phases = ", ".join(f"{phase.replace('_', ' ')} {ms:.0f}" for phase, ms in loop.phase_ms.items())
+    console.print(
+        f"GRPO: {loop.num_steps} steps of {loop.step_ms / 1000:.1f} s; median ms of the phases: {phases}; export, load "
+        f"and first token are [bold]{loop.handoff_fraction:.1%}[/] of the time"
+    )
 
 
 def _short(text: str, limit: int = 60) -> str:

@@ -1,19 +1,69 @@
-"""One installation over a tiny base for the faults; each test leaves it healthy."""
+"""Installations over a tiny base for the faults; each test leaves them healthy."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from support.conductor import Conductor, armed, conducting
+from support.fault_scorers import install_fault_scorer
 from support.stack import Stack, running_stack
 from support.tiny_models import make_tiny_llama
 
+LEASE_TTL_S = 5
+POINTS = (
+    *(f"runs.{point}" for point in ("sampling", "sampled", "scored", "persisted", "stepped", "saved", "committed")),
+    *(f"runs.{point}" for point in ("exported", "promoted", "loaded")),
+    *(f"trainer.{point}" for point in ("step_computed", "optimizer_stored")),
+    *(f"exporter.{point}" for point in ("packed", "uploaded", "published")),
+    *(f"catalog.{point}" for point in ("publish.before", "publish.after", "alias.before", "alias.after")),
+    *(f"loader.{point}" for point in ("loading", "loaded")),
+    *(f"engine.{point}" for point in ("loaded", "generating")),
+)
+"""Every process of the armed installation stops at these, and goes on unless a test holds it."""
+
 
 @pytest.fixture(scope="session")
-def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_llama(tmp_path_factory.mktemp("base") / "tiny-llama", seed=0)
+
+
+@pytest.fixture(scope="session")
+def stack(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     """Everything up, as ``mint up`` makes it."""
-    base = make_tiny_llama(tmp_path_factory.mktemp("base") / "tiny-llama", seed=0)
     with running_stack(tmp_path_factory.mktemp("stack"), base) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def armed_state(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """State directory of the armed installation."""
+    return tmp_path_factory.mktemp("armed")
+
+
+@pytest.fixture(scope="session")
+def conductor(armed_state: Path) -> Iterator[Conductor]:
+    """Of the armed installation, from before its start to after its end: whoever stops must go on."""
+    with conducting(armed_state / "logs") as conductor:
+        yield conductor
+
+
+@pytest.fixture(scope="session")
+def armed_stack(
+    base: Path, armed_state: Path, conductor: Conductor, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Stack]:
+    """Everything up with all failpoints of a GRPO step armed, leases that end soon and a scorer that misbehaves."""
+    environ = (
+        armed(POINTS)
+        | install_fault_scorer(tmp_path_factory.mktemp("scorers"))
+        | {
+            "MINT_RUNS_LEASE_TTL_S": str(LEASE_TTL_S),
+            "MINT_RUNS_LEASE_MARGIN_S": "1",
+            # Deaths of the worker are what is wanted here; each costs its run a claim.
+            "MINT_CATALOG_MAX_RUN_ATTEMPTS": "100",
+        }
+    )
+    with running_stack(armed_state, base, environ=environ) as running:
         yield running
 
 

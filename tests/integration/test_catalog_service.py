@@ -15,7 +15,6 @@ from mint_api.v1 import (
     alias_service_pb2,
     base_model_service_pb2,
     engine_replica_service_pb2,
-    evaluation_service_pb2,
     policy_service_pb2,
     revision_service_pb2,
     rollout_service_pb2,
@@ -344,22 +343,6 @@ async def _until_gone(rig: Rig, name: str) -> None:
         await asyncio.sleep(0.2)
 
 
-async def test_evaluations(rig: Rig) -> None:
-    policy = await rig.policy()
-    await rig.revision(policy, "one")
-    request = evaluation_service_pb2.CreateEvaluationRequest(parent=policy, evaluation_id="e1")
-    request.evaluation.revision = f"{policy}/revisions/1"
-    request.evaluation.metrics["score"] = 0.75
-    created = (await rig.call(rig.evaluations.CreateEvaluation, request)).evaluation
-    assert created.revision_digest == digest_of("one")
-    got = await rig.call(rig.evaluations.GetEvaluation, evaluation_service_pb2.GetEvaluationRequest(name=created.name))
-    assert got.evaluation == created
-    listed = await rig.call(
-        rig.evaluations.ListEvaluations, evaluation_service_pb2.ListEvaluationsRequest(parent=policy)
-    )
-    assert list(listed.evaluations) == [created]
-
-
 def _bad_requests(rig: Rig, policy: str) -> list[tuple[Any, Any, type[errors.MintError], str]]:
     tenant = "/".join(policy.split("/")[:2])
     create = policy_service_pb2.CreatePolicyRequest
@@ -454,6 +437,43 @@ def _bad_requests(rig: Rig, policy: str) -> list[tuple[Any, Any, type[errors.Min
             "run.recipe",
         ),
         (rig.runs.CancelRun, run_service_pb2.CancelRunRequest(name=f"{tenant}/runs/none"), errors.NotFound, ""),
+        (
+            rig.runs.CreateRun,
+            run_service_pb2.CreateRunRequest(
+                parent=tenant, run=run_service_pb2.Run(policy=policy, grpo={"loss": 99}, publish=True)
+            ),
+            invalid,
+            "run.grpo.loss",
+        ),
+        (rig.runs.ListRunSteps, run_service_pb2.ListRunStepsRequest(name=f"{tenant}/runs/none"), errors.NotFound, ""),
+        (
+            rig.rollouts.CreateRollout,
+            rollout_service_pb2.CreateRolloutRequest(parent=policy, rollout_id="R"),
+            invalid,
+            "rollout_id",
+        ),
+        (
+            rig.rollouts.CreateRollout,
+            rollout_service_pb2.CreateRolloutRequest(
+                parent=policy, rollout_id="r", rollout={"expire_time": {"seconds": 10**15}}
+            ),
+            invalid,
+            "expire_time",
+        ),
+        (
+            rig.rollouts.GetRollout,
+            rollout_service_pb2.GetRolloutRequest(name=f"{policy}/rollouts/none"),
+            errors.NotFound,
+            "",
+        ),
+        (
+            rig.rollouts.DeleteRollout,
+            rollout_service_pb2.DeleteRolloutRequest(
+                name=f"{policy}/rollouts/r", fence={"resource": policy, "token": 1}
+            ),
+            errors.LeaseLost,
+            "",
+        ),
     ]
 
 
@@ -475,9 +495,6 @@ async def test_what_is_not_built_yet_says_so(rig: Rig) -> None:
         (rig.policies.BatchCreatePolicies, policy_service_pb2.BatchCreatePoliciesRequest()),
         (rig.revisions.DeleteRevision, revision_service_pb2.DeleteRevisionRequest()),
         (rig.aliases.SetCanary, alias_service_pb2.SetCanaryRequest()),
-        (rig.rollouts.CreateRollout, rollout_service_pb2.CreateRolloutRequest()),
-        (rig.rollouts.GetRollout, rollout_service_pb2.GetRolloutRequest()),
-        (rig.rollouts.ListRollouts, rollout_service_pb2.ListRolloutsRequest()),
     ):
         with pytest.raises(errors.Unimplemented):
             await rig.call(method, request)

@@ -25,6 +25,8 @@ from mint_api.v1 import base_model_service_pb2_grpc as base_rpc
 from mint_api.v1 import common_pb2, run_service_pb2
 from mint_api.v1 import session_service_pb2 as pb
 from mint_api.v1 import session_service_pb2_grpc as rpc
+from mint_client._calling import Connection
+from mint_client.sessions import Sessions
 from mint_core import errors, server
 from mint_core.base_model import digest_of_folder
 from mint_core.channel import call, connect
@@ -232,6 +234,21 @@ async def test_defaults_of_a_recipe(trainer: rpc.SessionServiceStub) -> None:
             "loss_parameters['x']",
         ),
         (
+            forward_backward(1, datum(1), loss=common_pb2.LOSS_FUNCTION_PPO),
+            errors.InvalidArgument,
+            "data.behavior_logprobs",
+        ),
+        (
+            forward_backward(1, datum(1), loss=common_pb2.LOSS_FUNCTION_CISPO, loss_parameters={"clip_low": 1.5}),
+            errors.InvalidArgument,
+            "loss_parameters['clip_low']",
+        ),
+        (
+            forward_backward(1, pb.Datum(tokens=[1], targets=[1], weights=[1], reference_logprobs=[-1, -1])),
+            errors.InvalidArgument,
+            "data[0].reference_logprobs",
+        ),
+        (
             forward_backward(1, pb.Datum(tokens=[1, 999], targets=[1, 2], weights=[1, 1])),
             errors.InvalidArgument,
             "data[0].tokens[1]",
@@ -376,9 +393,82 @@ async def test_killed_in_mid_step_and_resumed_it_ends_with_the_same_bytes(enviro
             with pytest.raises(errors.NotFound, match="the trainer restarted"):
                 await call(trainer.GetSession, pb.GetSessionRequest(name=SESSION))
             resumed = creation(from_state=saved, session=pb.Session(policy="tenants/acme/policies/tone"))
-            assert (await call(trainer.CreateSession, resumed)).session.step == 2
-            assert await steps(trainer, 2, 5, 1) == expected
+            session = (await call(trainer.CreateSession, resumed)).session
+            assert (session.step, session.next_seq) == (2, 5)
+            assert await steps(trainer, 2, 5, 5) == expected
             again = (await call(trainer.SaveState, pb.SaveStateRequest(**run, fence=2))).state
+            assert (again.weights, again.optimizer) == (whole.weights, whole.optimizer)
+        assert await process.end(signal.SIGTERM) == 0
+    finally:
+        await process.end(signal.SIGKILL)
+
+
+@contextlib.asynccontextmanager
+async def client_at(address: str) -> AsyncIterator[Sessions]:
+    connection = Connection("trainer", address)
+    try:
+        yield Sessions(connection, timeout_s=30.0)
+    finally:
+        await connection.close()
+
+
+async def rollout(sessions: Sessions, session: str) -> list[pb.Datum]:
+    """What one step of reinforcement learning sends: behaviour as the policy is now, advantages of both signs."""
+    data = [datum(1), datum(2, 20)]
+    behavior = (await sessions.forward(session, data)).logprobs
+    reference = (await sessions.forward(session, data, reference=True)).logprobs
+    for number, each in enumerate(data):
+        each.behavior_logprobs.extend(value + 0.1 for value in behavior[number].values)
+        each.reference_logprobs.extend(reference[number].values)
+        each.advantages.extend([1.5 - 2.0 * number] * len(each.tokens))
+    return data
+
+
+async def train_on(sessions: Sessions, session: str, seq: int, data: list[pb.Datum]) -> list[pb.StepResult]:
+    parameters = {"clip_high": 1.05, "kl_coefficient": 0.1}
+    loss = common_pb2.LOSS_FUNCTION_PPO
+    return [
+        await sessions.forward_backward(
+            session, seq, data, loss=loss, loss_parameters=parameters, return_logprobs=True
+        ),
+        await sessions.optim_step(session, seq + 1, optimizer=OPTIMIZER, gradient_scale=0.1),
+    ]
+
+
+def timeless(results: list[pb.StepResult]) -> list[pb.StepResult]:
+    for result in results:
+        result.compute_ms = 0.0
+    return results
+
+
+async def test_step_results_outlive_the_process(environ: dict[str, str], base_folder: Path) -> None:
+    process = Process(environ)
+    given = {"policy": "tenants/acme/policies/tone", "base_digest": digest_of_folder(base_folder).digest}
+    run, other = "tenants/acme/runs/rl", "tenants/acme/sessions/s2"
+    try:
+        async with client_at(await process.start()) as sessions:
+            await sessions.create("acme", "s1", lora=LORA, **given)
+            first = await rollout(sessions, SESSION)
+            results = timeless(await train_on(sessions, SESSION, 1, first))
+            assert results[0].metrics.keys() == {"num_clipped", "behavior_kl", "reference_kl"}
+            assert [len(each.values) for each in results[0].logprobs] == [12, 20]
+            second = await rollout(sessions, SESSION)
+            assert [list(d.reference_logprobs) for d in second] == [list(d.reference_logprobs) for d in first]
+            saved = await sessions.save_state(SESSION, run=run, fence=1)
+            expected = timeless(await train_on(sessions, SESSION, 3, second))
+            assert expected[0].metrics["reference_kl"] > results[0].metrics["reference_kl"] == 0.0
+            whole = await sessions.save_state(SESSION, run=run, fence=1)
+            assert await process.end(signal.SIGKILL) == -signal.SIGKILL
+        async with client_at(await process.start()) as sessions:
+            resumed = await sessions.create("acme", "s2", from_state=saved, **given)
+            assert (resumed.step, resumed.next_seq) == (1, 3)
+            assert [await sessions.get_step(other, seq) for seq in (1, 2)] == results
+            assert await train_on(sessions, other, 1, first) == results
+            with pytest.raises(errors.RequestIdReused, match="seq 1 of tenants/acme/sessions/s2"):
+                await train_on(sessions, other, 1, second)
+            assert (await sessions.get(other)).next_seq == 3
+            assert timeless(await train_on(sessions, other, 3, second)) == expected
+            again = await sessions.save_state(other, run=run, fence=2)
             assert (again.weights, again.optimizer) == (whole.weights, whole.optimizer)
         assert await process.end(signal.SIGTERM) == 0
     finally:

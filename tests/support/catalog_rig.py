@@ -35,6 +35,7 @@ from mint_api.v1 import (
     policy_service_pb2,
     policy_service_pb2_grpc,
     revision_service_pb2_grpc,
+    rollout_service_pb2,
     rollout_service_pb2_grpc,
     run_service_pb2,
     run_service_pb2_grpc,
@@ -60,7 +61,11 @@ def digest_of(text: str) -> str:
 class Rig:
     """Stubs of every service of one catalog, and the steps that most tests begin with."""
 
-    def __init__(self, public: grpc.aio.Channel, runtime: grpc.aio.Channel) -> None:
+    def __init__(
+        self, public: grpc.aio.Channel, runtime: grpc.aio.Channel, *, public_address: str, runtime_address: str
+    ) -> None:
+        self.public_address = public_address
+        self.runtime_address = runtime_address
         self.base_models = base_model_service_pb2_grpc.BaseModelServiceStub(public)
         self.policies = policy_service_pb2_grpc.PolicyServiceStub(public)
         self.revisions = revision_service_pb2_grpc.RevisionServiceStub(public)
@@ -152,6 +157,28 @@ class Rig:
         request = run_service_pb2.CreateRunRequest(parent=parent, run_id=run_id, run=run)
         return (await self.call(self.runs.CreateRun, request)).run
 
+    async def evaluation(self, policy: str, run_id: str = "") -> Any:
+        """A queued evaluation of the policy's first revision."""
+        run = run_service_pb2.Run(policy=policy)
+        run.evaluation.revision, run.evaluation.scorer = f"{policy}/revisions/1", "exact_match"
+        run.evaluation.data.CopyFrom(await self.blob(policy, "{}"))
+        parent = policy.split("/policies/", maxsplit=1)[0]
+        request = run_service_pb2.CreateRunRequest(parent=parent, run_id=run_id, run=run)
+        return (await self.call(self.runs.CreateRun, request)).run
+
+    def rollout(
+        self, policy: str, rollout_id: str, fence: common_pb2.Fence, *, run: str, step: int = 1
+    ) -> rollout_service_pb2.CreateRolloutRequest:
+        """How to record a batch that was sampled from the policy's first revision."""
+        request = rollout_service_pb2.CreateRolloutRequest(parent=policy, rollout_id=rollout_id, fence=fence)
+        tenant = policy.split("/policies/", maxsplit=1)[0]
+        request.rollout.revision, request.rollout.run, request.rollout.step = f"{policy}/revisions/1", run, step
+        request.rollout.object_key = f"{tenant}/rollouts/{rollout_id}.safetensors"
+        request.rollout.blob.digest, request.rollout.blob.size_bytes = digest_of(rollout_id), 100
+        request.rollout.num_samples, request.rollout.reward_mean = 8, 0.5
+        request.rollout.expire_time.FromSeconds(1_900_000_000)
+        return request
+
     async def claim(self, holder: str, ttl_s: int = 30, wait_s: float = 5.0) -> Any:
         request = work_service_pb2.ClaimRunRequest(holder=holder, base_model=BASE)
         request.ttl.FromSeconds(ttl_s)
@@ -167,7 +194,7 @@ class Rig:
 @contextlib.asynccontextmanager
 async def _rig(public: str, runtime: str) -> AsyncIterator[Rig]:
     async with connect(public, retry=False) as public_channel, connect(runtime, retry=False) as runtime_channel:
-        yield Rig(public_channel, runtime_channel)
+        yield Rig(public_channel, runtime_channel, public_address=public, runtime_address=runtime)
 
 
 @contextlib.asynccontextmanager

@@ -14,15 +14,20 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
+import tomllib
+from collections.abc import AsyncIterator, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mint_blobs import ObjectStoreSettings
+from mint_blobs.s3 import S3ObjectStore
+from mint_cli.installation import to_toml
 from mint_client import Endpoints, MintClient
 from mint_core.channel import connect
+from support.children import dying_with_parent
 
 MINT = Path(sys.executable).parent / "mint"
 
@@ -33,6 +38,8 @@ class Stack:
 
     state: Path
     base: Path
+    extra_environ: Mapping[str, str] = field(default_factory=dict)
+    """Added to the environment of all processes."""
 
     def services(self) -> dict[str, dict[str, Any]]:
         document = json.loads((self.state / "services.json").read_text())
@@ -55,13 +62,25 @@ class Stack:
         """A channel to a service's runtime endpoint."""
         return connect(self.address(name, runtime=True))
 
+    def settings(self) -> dict[str, Any]:
+        """What ``mint.toml`` says."""
+        return tomllib.loads(self.settings_path.read_text())
+
+    @property
+    def settings_path(self) -> Path:
+        return self.state / "mint.toml"
+
+    def object_store(self) -> S3ObjectStore:
+        """The installation's object store, to be entered."""
+        return S3ObjectStore(ObjectStoreSettings(**self.settings()["common"]["object_store"]))
+
     def environ(self) -> dict[str, str]:
         return os.environ | {"MINT_STATE_DIR": str(self.state)}
 
     def run(self, *arguments: str, check: bool = True, timeout_s: float = 100) -> subprocess.CompletedProcess[str]:
         """Run the command line tool against this installation."""
         return subprocess.run(
-            [MINT, *arguments], env=self.environ(), capture_output=True, text=True, check=check, timeout=timeout_s
+            [str(MINT), *arguments], env=self.environ(), capture_output=True, text=True, check=check, timeout=timeout_s
         )
 
     def status(self) -> dict[str, bool]:
@@ -73,6 +92,49 @@ class Stack:
         pid = int(self.services()[name]["pid"])
         os.kill(pid, number)
         return pid
+
+    @contextlib.contextmanager
+    def second(self, service: str) -> Iterator[str]:
+        """Another process of a service, for as long as the block lasts; the name it logs under."""
+        name = f"second-{service}"
+        anywhere = {f"MINT_{service.upper()}_{kind}": "127.0.0.1:0" for kind in ("LISTEN", "RUNTIME_LISTEN")}
+        command = [sys.executable, "-m", f"mint_{service}", "--config", str(self.settings_path)]
+        with (
+            self.log(name).open("ab") as output,
+            subprocess.Popen(
+                dying_with_parent(command),
+                env=os.environ | self.extra_environ | anywhere,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+            ) as process,
+        ):
+            try:
+                yield name
+            finally:
+                process.kill()
+
+    async def wait_restarted(self, name: str, dead: int, *, timeout_s: float = 90) -> None:
+        """Wait until the service has a process again, another one than ``dead``."""
+        deadline = time.monotonic() + timeout_s
+        while self.services()[name]["pid"] in (None, dead):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{name} was not started again within {timeout_s} s\n{self.tail()}")
+            await asyncio.sleep(0.05)
+
+    async def reconfigure(self, table: str, **values: Any) -> None:
+        """Change settings in a table of ``mint.toml`` and restart the service it belongs to, unless it has them."""
+        settings = self.settings()
+        section = settings
+        for key in table.split("."):
+            section = section[key]
+        if section | values == section:
+            return
+        section |= values
+        self.settings_path.write_text(to_toml(settings))
+        service = table.partition(".")[0]
+        pid = await self.kill(service, signal.SIGTERM)
+        await self.wait_healthy(dead={service: pid})
 
     async def wait_healthy(self, *, dead: dict[str, int] | None = None, timeout_s: float = 90) -> None:
         """Wait until every service is healthy again, the ``dead`` ones under new pids."""
@@ -89,6 +151,10 @@ class Stack:
                 raise TimeoutError(f"still not healthy after {timeout_s} s: {unhealthy}\n{self.tail()}")
             await asyncio.sleep(0.25)
 
+    def log(self, name: str) -> Path:
+        """Where a service writes its log."""
+        return self.state / "logs" / f"{name}.log"
+
     def tail(self, num_lines: int = 15) -> str:
         """The ends of all logs, for the message of a failed test."""
         ends = []
@@ -101,8 +167,8 @@ class Stack:
 @contextlib.contextmanager
 def running_stack(state: Path, base: Path, *arguments: str, environ: dict[str, str] | None = None) -> Iterator[Stack]:
     """``mint up`` … ``mint down``; whatever happens, nothing keeps running."""
-    stack = Stack(state, base)
-    env = os.environ | {"OMP_NUM_THREADS": "1"} | (environ or {})
+    stack = Stack(state, base, {"OMP_NUM_THREADS": "1"} | (environ or {}))
+    env = os.environ | stack.extra_environ
     command = [MINT, "up", "--state-dir", state, "--base", base, "--dtype", "float32", *arguments]
     try:
         up = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=200)

@@ -2,13 +2,14 @@
 
 ::
 
-    tenants/{t}/blobs/{hex of digest}/{stage id}            adapter revisions, data sets, rollout batches
+    tenants/{t}/blobs/{hex of digest}/{stage id}            adapter revisions, data sets
     tenants/{t}/states/{policy}/{run}/{step:08d}-{fence}/   a training state, three objects:
         weights.safetensors  optimizer.safetensors  state.json
+    tenants/{t}/rollouts/{policy}/{run}/{step:08d}-{fence}  the rollout batch of one step
 
 No key is shared between tenants: knowing a digest grants nothing. A blob's stage id is never reused, so a deletion
-that arrives late cannot hit a later upload of the same bytes. A state's key carries the fence of its writer, so two
-writers never share one.
+that arrives late cannot hit a later upload of the same bytes. The key of a state or rollout batch carries the fence of
+its writer, so two writers never share one, and deleting one takes nothing from another.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from mint_blobs.digests import digest_hex
 from mint_core.errors import InvalidArgument
 from mint_core.names import PolicyName, check_digest, check_id
 
-__all__ = ["StateKeys", "blob_key", "blob_prefix", "check_key", "state_keys"]
+__all__ = ["StateKeys", "blob_key", "blob_prefix", "check_key", "rollout_key", "state_keys"]
 
 _SEGMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]*")
 _MAX_KEY_BYTES = 1024
@@ -66,11 +67,20 @@ class StateKeys:
 
 def state_keys(policy: PolicyName, run: str, step: int, fence: int) -> StateKeys:
     """Keys of the training state that the holder of ``fence`` saved after ``step`` steps of ``run``."""
-    if step < 0 or fence < 0:
-        raise InvalidArgument(f"step is {step} and fence is {fence}: neither may be negative", field="step")
-    folder = f"tenants/{policy.tenant}/states/{policy.policy}/{check_id(run, field='run')}/{step:08d}-{fence}"
+    folder = _run_key("states", policy, run, step, fence)
     return StateKeys(
         weights=f"{folder}/weights.safetensors",
         optimizer=f"{folder}/optimizer.safetensors",
         state=f"{folder}/state.json",
     )
+
+
+def rollout_key(policy: PolicyName, run: str, step: int, fence: int) -> str:
+    """Key of the rollout batch that the holder of ``fence`` made for ``step`` (from 1) of ``run``."""
+    return _run_key("rollouts", policy, run, step, fence)
+
+
+def _run_key(kind: str, policy: PolicyName, run: str, step: int, fence: int) -> str:
+    if step < 0 or fence < 0:
+        raise InvalidArgument(f"step is {step} and fence is {fence}: neither may be negative", field="step")
+    return f"tenants/{policy.tenant}/{kind}/{policy.policy}/{check_id(run, field='run')}/{step:08d}-{fence}"

@@ -139,6 +139,7 @@ def _settings(
             "scratch_path": scratch,
             "trainer_address": address["trainer.listen"],
             "exporter_runtime_address": address["exporter.runtime_listen"],
+            "inference_address": address["inference.listen"],
         },
     }
     for name in SERVICES:

@@ -11,7 +11,8 @@ from typing import Annotated
 
 import typer
 
-from mint_cli.commands import alias, config, generate, local, model, policy, revision, train
+from mint_cli.commands import alias, config, evaluate, generate, local, model, policy, revision, rollout, train
+from mint_cli.commands import run as run_commands
 from mint_core.errors import MintError
 
 __all__ = ["app", "main"]
@@ -30,6 +31,9 @@ app.command()(local.status)
 app.add_typer(model.app, name="model")
 app.add_typer(policy.app, name="policy")
 app.add_typer(train.app, name="train")
+app.add_typer(run_commands.app, name="run")
+app.add_typer(evaluate.app, name="eval")
+app.add_typer(rollout.app, name="rollout")
 app.add_typer(revision.app, name="revision")
 app.add_typer(alias.app, name="alias")
 app.command()(generate.generate)

@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-__all__ = ["CatalogOption", "ExporterOption", "InferenceOption", "JsonOption", "StateDirOption"]
+from mint_core.errors import InvalidArgument
+
+__all__ = [
+    "CatalogOption",
+    "ExporterOption",
+    "InferenceOption",
+    "JsonOption",
+    "RunIdOption",
+    "ScorerNameOption",
+    "ScorerOptionsOption",
+    "ScorerTimeoutOption",
+    "StateDirOption",
+    "StopOption",
+    "WatchOption",
+    "key_values",
+]
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 StateDirOption = Annotated[
@@ -35,3 +51,30 @@ ExporterOption = Annotated[
         "--exporter", envvar="MINT_ENDPOINTS_EXPORTER", help="host:port of the exporter.", show_default="of `mint up`"
     ),
 ]
+RunIdOption = Annotated[str, typer.Option("--run-id", help="Id of the run.", show_default="chosen")]
+WatchOption = Annotated[bool, typer.Option("--watch", help="Wait for the end and show progress.")]
+ScorerNameOption = Annotated[
+    str, typer.Option("--scorer", help="Name of an installed scorer, or of a configured remote one.")
+]
+ScorerOptionsOption = Annotated[
+    list[str] | None, typer.Option("--scorer-option", help="KEY=VALUE for the scorer; repeat it.")
+]
+ScorerTimeoutOption = Annotated[
+    float, typer.Option("--scorer-timeout-s", min=0, help="Longest time for one score in seconds; 0 means 10.")
+]
+StopOption = Annotated[
+    list[str] | None, typer.Option("--stop", help="Text before which a completion stops; repeat it.")
+]
+
+
+def key_values(texts: Sequence[str] | None, *, field: str) -> dict[str, str]:
+    """What a repeated ``KEY=VALUE`` option says. Raises :class:`InvalidArgument` without ``=``, or for a key twice."""
+    pairs: dict[str, str] = {}
+    for text in texts or []:
+        key, equals, value = text.partition("=")
+        if not (key and equals):
+            raise InvalidArgument(f"{field} is {text!r}: expected KEY=VALUE", field=field)
+        if key in pairs:
+            raise InvalidArgument(f"{field} {key!r} is given twice: {pairs[key]!r} and {value!r}", field=field)
+        pairs[key] = value
+    return pairs

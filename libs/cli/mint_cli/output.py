@@ -6,7 +6,7 @@ import datetime
 import json
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from google.protobuf import timestamp_pb2
@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["console", "print_json", "print_pairs", "print_table", "progress_console", "to_plain"]
+__all__ = ["console", "flatten", "print_json", "print_pairs", "print_table", "progress_console", "to_plain"]
 
 _PIPE_WIDTH = 1000
 
@@ -69,6 +69,14 @@ def to_plain(message: Message) -> dict[str, Any]:
         else:
             plain[field.name] = _plain_value(field, value)
     return plain
+
+
+def flatten(table: Mapping[str, Any], prefix: str = "") -> list[tuple[str, object]]:
+    """The leaves of nested tables, each under its path: ``{"a": {"b": 1}}`` is ``[("a.b", 1)]``."""
+    pairs: list[tuple[str, object]] = []
+    for key, value in table.items():
+        pairs += flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [(f"{prefix}{key}", value)]
+    return pairs
 
 
 def _plain_value(field: Any, value: Any) -> Any:

@@ -1,11 +1,11 @@
-"""Names as people type them: ``tenant/policy``, ``tenant/policy@alias``, ``tenant/policy@3``."""
+"""Names as people type them: ``tenant/policy``, ``tenant/policy@alias``, ``tenant/policy@3``, and ``tenant/run``."""
 
 from __future__ import annotations
 
 from mint_core.errors import InvalidArgument
-from mint_core.names import AliasName, BaseModelName, PolicyName, RevisionName, check_id, parse_policy_ref
+from mint_core.names import AliasName, BaseModelName, PolicyName, RevisionName, RunName, check_id, parse_policy_ref
 
-__all__ = ["alias_name", "model_name", "policy_name", "short", "tenant_id"]
+__all__ = ["alias_name", "model_name", "policy_name", "run_name", "short", "tenant_id"]
 
 
 def tenant_id(text: str) -> str:
@@ -27,14 +27,24 @@ def alias_name(text: str) -> AliasName:
     return AliasName(policy.tenant, policy.policy, target)
 
 
-def model_name(text: str) -> str:
+def model_name(text: str, *, field: str = "model") -> str:
     """What Generate takes: an alias, a revision, or a base model asked on purpose (``baseModels/NAME``)."""
     if text.startswith("baseModels/"):
-        return str(BaseModelName.parse(text, field="model"))
-    policy, target = parse_policy_ref(text, field="model")
+        return str(BaseModelName.parse(text, field=field))
+    policy, target = parse_policy_ref(text, field=field)
     if isinstance(target, int):
         return str(RevisionName(policy.tenant, policy.policy, target))
     return str(AliasName(policy.tenant, policy.policy, target))
+
+
+def run_name(text: str) -> RunName:
+    """Of ``tenant/run``, or of the run's whole name."""
+    if text.startswith("tenants/"):
+        return RunName.parse(text, field="run")
+    tenant, slash, run = text.partition("/")
+    if not slash:
+        raise InvalidArgument(f"run is {text!r}: expected tenant/run, as `mint run list` shows it", field="run")
+    return RunName(check_id(tenant, field="run"), check_id(run, field="run"))
 
 
 def short(name: str) -> str:
@@ -44,4 +54,6 @@ def short(name: str) -> str:
             return f"{tenant}/{policy}"
         case ["tenants", tenant, "policies", policy, "revisions" | "aliases", target]:
             return f"{tenant}/{policy}@{target}"
+        case ["tenants", tenant, "runs", run]:
+            return f"{tenant}/{run}"
     return name

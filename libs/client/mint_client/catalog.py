@@ -16,10 +16,14 @@ from mint_api.v1 import (
     common_pb2,
     engine_replica_service_pb2,
     engine_replica_service_pb2_grpc,
+    evaluation_service_pb2,
+    evaluation_service_pb2_grpc,
     policy_service_pb2,
     policy_service_pb2_grpc,
     revision_service_pb2,
     revision_service_pb2_grpc,
+    rollout_service_pb2,
+    rollout_service_pb2_grpc,
     run_service_pb2,
     run_service_pb2_grpc,
 )
@@ -28,7 +32,17 @@ from mint_core.channel import call, stream
 from mint_core.clock import Deadline
 from mint_core.errors import Unavailable
 
-__all__ = ["Aliases", "BaseModels", "EngineReplicas", "Policies", "Revisions", "Runs", "run_has_ended"]
+__all__ = [
+    "Aliases",
+    "BaseModels",
+    "EngineReplicas",
+    "Evaluations",
+    "Policies",
+    "Revisions",
+    "Rollouts",
+    "Runs",
+    "run_has_ended",
+]
 
 _ENDED = frozenset(
     (run_service_pb2.RUN_STATE_SUCCEEDED, run_service_pb2.RUN_STATE_FAILED, run_service_pb2.RUN_STATE_CANCELLED)
@@ -267,9 +281,94 @@ class Runs(_Group):
                 return run
         raise Unavailable(f"the watch of {name} ended before the run did")
 
+    def steps(self, name: str, *, page_size: int = 0) -> AsyncIterator[run_service_pb2.RunStep]:
+        """The figures of all steps of a run, oldest first."""
+
+        async def read(token: str) -> Any:
+            request = run_service_pb2.ListRunStepsRequest(name=name, page_size=page_size, page_token=token)
+            return await self._call(self._stub.ListRunSteps, request)
+
+        return pages(read, "steps")
+
     async def cancel(self, name: str, *, reason: str = "") -> run_service_pb2.Run:
         request = run_service_pb2.CancelRunRequest(name=name, reason=reason)
         return (await self._call(self._stub.CancelRun, request)).run
+
+
+class Rollouts(_Group):
+    """Rollout batches: pointers to stored objects; ``name`` is ``tenants/{t}/policies/{p}/rollouts/{r}``."""
+
+    @property
+    def _stub(self) -> Any:
+        return self._connection.stub(rollout_service_pb2_grpc.RolloutServiceStub)
+
+    async def create(
+        self, policy: str, rollout_id: str, rollout: rollout_service_pb2.Rollout, fence: common_pb2.Fence
+    ) -> rollout_service_pb2.Rollout:
+        """Record a batch whose object is stored, under the fence of ``policy``'s lease; safe to repeat."""
+        request = rollout_service_pb2.CreateRolloutRequest(
+            parent=policy, rollout_id=rollout_id, rollout=rollout, fence=fence
+        )
+        return (await self._call(self._stub.CreateRollout, request)).rollout
+
+    async def get(self, name: str) -> rollout_service_pb2.Rollout:
+        return (await self._call(self._stub.GetRollout, rollout_service_pb2.GetRolloutRequest(name=name))).rollout
+
+    def list(self, policy: str, *, run: str = "", page_size: int = 0) -> AsyncIterator[rollout_service_pb2.Rollout]:
+        """All rollouts of ``policy`` (a policy name), or those of one ``run`` (a run name); also expired ones."""
+
+        async def read(token: str) -> Any:
+            request = rollout_service_pb2.ListRolloutsRequest(
+                parent=policy, page_size=page_size, page_token=token, run=run
+            )
+            return await self._call(self._stub.ListRollouts, request)
+
+        return pages(read, "rollouts")
+
+    async def delete(self, name: str, fence: common_pb2.Fence) -> None:
+        """Forget a rollout whose object is deleted already."""
+        request = rollout_service_pb2.DeleteRolloutRequest(name=name, fence=fence)
+        await self._call(self._stub.DeleteRollout, request)
+
+
+class Evaluations(_Group):
+    """Results of scoring; ``name`` is ``tenants/{t}/policies/{p}/evaluations/{e}``."""
+
+    @property
+    def _stub(self) -> Any:
+        return self._connection.stub(evaluation_service_pb2_grpc.EvaluationServiceStub)
+
+    async def create(
+        self,
+        policy: str,
+        evaluation_id: str,
+        evaluation: evaluation_service_pb2.Evaluation,
+        *,
+        fence: common_pb2.Fence | None = None,
+    ) -> evaluation_service_pb2.Evaluation:
+        """Record an evaluation, under the fence of ``policy``'s or ``evaluation.run``'s lease if one is given.
+
+        Safe to repeat when ``evaluation.run`` is set.
+        """
+        request = evaluation_service_pb2.CreateEvaluationRequest(
+            parent=policy, evaluation_id=evaluation_id, evaluation=evaluation, fence=fence
+        )
+        return (await self._call(self._stub.CreateEvaluation, request)).evaluation
+
+    async def get(self, name: str) -> evaluation_service_pb2.Evaluation:
+        request = evaluation_service_pb2.GetEvaluationRequest(name=name)
+        return (await self._call(self._stub.GetEvaluation, request)).evaluation
+
+    def list(self, policy: str, *, page_size: int = 0) -> AsyncIterator[evaluation_service_pb2.Evaluation]:
+        """All evaluations of ``policy`` (a policy name)."""
+
+        async def read(token: str) -> Any:
+            request = evaluation_service_pb2.ListEvaluationsRequest(
+                parent=policy, page_size=page_size, page_token=token
+            )
+            return await self._call(self._stub.ListEvaluations, request)
+
+        return pages(read, "evaluations")
 
 
 class BaseModels(_Group):

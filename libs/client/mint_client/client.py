@@ -10,7 +10,16 @@ from typing import Self
 from mint_api.v1 import common_pb2, inference_service_pb2, inference_service_pb2_grpc
 from mint_client._calling import Connection
 from mint_client.blobs import Blobs
-from mint_client.catalog import Aliases, BaseModels, EngineReplicas, Policies, Revisions, Runs
+from mint_client.catalog import (
+    Aliases,
+    BaseModels,
+    EngineReplicas,
+    Evaluations,
+    Policies,
+    Revisions,
+    Rollouts,
+    Runs,
+)
 from mint_client.generation import Generation, PromptLike, as_prompt, gather
 from mint_client.sessions import Sessions
 from mint_core.channel import DEFAULT_TIMEOUT_S, call, stream
@@ -54,6 +63,8 @@ class MintClient:
         self.revisions = Revisions(catalog, timeout_s)
         self.aliases = Aliases(catalog, timeout_s)
         self.runs = Runs(catalog, timeout_s)
+        self.rollouts = Rollouts(catalog, timeout_s)
+        self.evaluations = Evaluations(catalog, timeout_s)
         self.base_models = BaseModels(catalog, timeout_s)
         self.engine_replicas = EngineReplicas(catalog, timeout_s)
         self.blobs = Blobs(exporter, timeout_s)

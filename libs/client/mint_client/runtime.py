@@ -40,7 +40,7 @@ class WorkClient:
     async def claim_run(
         self, holder: str, base_model: str, *, ttl_s: float, wait_s: float
     ) -> work_service_pb2.ClaimRunResponse | None:
-        """The next run and its policy's lease, or None if there was none within ``wait_s``."""
+        """The next run and the lease it is worked on under, or None if there was none within ``wait_s``."""
         request = work_service_pb2.ClaimRunRequest(holder=holder, base_model=base_model)
         request.ttl.FromMilliseconds(round(ttl_s * 1000))
         response: work_service_pb2.ClaimRunResponse = await call(self._work.ClaimRun, request, timeout_s=wait_s)
@@ -70,9 +70,12 @@ class WorkClient:
         *,
         progress: run_service_pb2.RunProgress | None = None,
         events: Sequence[run_service_pb2.RunEvent] = (),
+        steps: Sequence[run_service_pb2.RunStep] = (),
     ) -> bool:
-        """Write progress and append events; answers whether a cancel was asked for."""
-        request = work_service_pb2.ReportRunRequest(name=name, fence=fence, progress=progress, events=events)
+        """Write progress, append events, keep figures of at most 100 steps; answers whether a cancel was asked for."""
+        request = work_service_pb2.ReportRunRequest(
+            name=name, fence=fence, progress=progress, events=events, steps=steps
+        )
         response = await call(self._work.ReportRun, request, timeout_s=self._timeout_s)
         return bool(response.cancel_requested)
 
@@ -92,7 +95,7 @@ class WorkClient:
         retriable: bool = False,
         published_revision: str = "",
     ) -> run_service_pb2.Run:
-        """End the run and release its policy's lease."""
+        """End the run and release its lease."""
         request = work_service_pb2.FinishRunRequest(
             name=name,
             fence=fence,

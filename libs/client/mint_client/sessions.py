@@ -38,7 +38,7 @@ class Sessions:
         weights_only: bool = False,
         timeout_s: float = 300.0,
     ) -> session_service_pb2.Session:
-        """Place ``policy`` on the base: fresh by ``lora``, or from a saved state."""
+        """Place ``policy`` on the base: fresh by ``lora``, or from a saved state, whose steps' seq it goes on after."""
         request = session_service_pb2.CreateSessionRequest(
             parent=f"tenants/{tenant}",
             session_id=session_id,
@@ -58,10 +58,15 @@ class Sessions:
         await call(self._stub.CloseSession, request, timeout_s=self._timeout_s)
 
     async def forward(
-        self, session: str, data: Sequence[session_service_pb2.Datum], *, timeout_s: float = STEP_TIMEOUT_S
+        self,
+        session: str,
+        data: Sequence[session_service_pb2.Datum],
+        *,
+        reference: bool = False,
+        timeout_s: float = STEP_TIMEOUT_S,
     ) -> session_service_pb2.StepResult:
-        """Log-probabilities and cross-entropy, without gradients."""
-        request = session_service_pb2.ForwardRequest(session=session, data=data)
+        """Log-probabilities and cross-entropy, without gradients; with ``reference`` those of the base alone."""
+        request = session_service_pb2.ForwardRequest(session=session, data=data, reference=reference)
         return (await call(self._stub.Forward, request, timeout_s=timeout_s)).result
 
     async def forward_backward(
@@ -75,7 +80,10 @@ class Sessions:
         return_logprobs: bool = False,
         timeout_s: float = STEP_TIMEOUT_S,
     ) -> session_service_pb2.StepResult:
-        """Add the gradient of the loss, a sum over tokens, to the session's."""
+        """Add the gradient of the loss, a sum over tokens, to the session's.
+
+        ``loss_parameters`` are documented at ``ForwardBackwardRequest``; the result's ``metrics`` at ``StepResult``.
+        """
         request = session_service_pb2.ForwardBackwardRequest(
             session=session,
             seq=seq,
@@ -104,7 +112,7 @@ class Sessions:
     async def save_state(
         self, session: str, *, run: str = "", fence: int = 0, timeout_s: float = 300.0
     ) -> common_pb2.TrainingState:
-        """Store weights and optimizer under a unique key; nothing becomes current by it."""
+        """Store weights, optimizer and newest step results under a unique key; nothing becomes current by it."""
         request = session_service_pb2.SaveStateRequest(session=session, run=run, fence=fence)
         return (await call(self._stub.SaveState, request, timeout_s=timeout_s)).state
 

@@ -8,8 +8,9 @@ A module declares a point once, at import, and passes it at one place::
 
 Armed by the environment before the process starts, e.g.
 ``MINT_FAILPOINTS="exporter.uploaded=kill,runs.saved=sleep:2000@3"``: actions are ``kill`` (SIGKILL to
-itself), ``error`` (raises :class:`mint_core.errors.Unavailable`) and ``sleep:MILLISECONDS``; ``@N`` acts at the
-N-th passing only. Unarmed points cost one attribute test.
+itself), ``stop`` (SIGSTOP to itself, after a line in the log that names the point and the process; SIGCONT lets it go
+on), ``error`` (raises :class:`mint_core.errors.Unavailable`) and ``sleep:MILLISECONDS``; ``@N`` acts at the N-th
+passing only. Unarmed points cost one attribute test.
 """
 
 from __future__ import annotations
@@ -22,11 +23,17 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from mint_core import log
 from mint_core.errors import Unavailable
 
-__all__ = ["Failpoint", "arm_from_environment", "declare", "declared"]
+__all__ = ["STOPPING", "Failpoint", "arm_from_environment", "declare", "declared"]
 
-_ARMED = re.compile(r"(?P<name>[\w.]+)=(?P<action>kill|error|sleep:(?P<millis>\d+))(@(?P<nth>\d+))?")
+STOPPING = "stopping at a failpoint"
+"""Message of the log line that a ``stop`` writes; its fields are ``failpoint`` and ``pid``."""
+
+_log = log.get_logger(__name__)
+
+_ARMED = re.compile(r"(?P<name>[\w.]+)=(?P<action>kill|stop|error|sleep:(?P<millis>\d+))(@(?P<nth>\d+))?")
 
 
 @dataclass(slots=True)
@@ -62,6 +69,10 @@ class Failpoint:
             return 0.0
         if self._action == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
+        if self._action == "stop":
+            _log.warning(STOPPING, extra={"fields": {"failpoint": self.name, "pid": os.getpid()}})
+            # To this thread, not to the process: then no other thread takes the signal while this one runs on.
+            signal.raise_signal(signal.SIGSTOP)
         if self._action == "error":
             raise Unavailable(f"failpoint {self.name} is armed with 'error'; disarm it to go on")
         return self._sleep_s
@@ -95,7 +106,7 @@ def _arm(point: Failpoint, environ: Mapping[str, str]) -> None:
     for text in filter(None, environ.get("MINT_FAILPOINTS", "").split(",")):
         match = _ARMED.fullmatch(text.strip())
         if match is None:
-            raise ValueError(f"MINT_FAILPOINTS has {text!r}: expected NAME=kill|error|sleep:MILLISECONDS[@N]")
+            raise ValueError(f"MINT_FAILPOINTS has {text!r}: expected NAME=kill|stop|error|sleep:MILLISECONDS[@N]")
         if match["name"] == point.name:
             action = match["action"].partition(":")[0]
             point.arm(action, sleep_s=int(match["millis"] or 0) / 1000, nth=int(match["nth"] or 0))

@@ -46,6 +46,7 @@ from mint_catalog.queue import RunQueue
 from mint_catalog.registry import Registry
 from mint_catalog.resolve import Resolver
 from mint_catalog.revisions import Revisions
+from mint_catalog.rollouts import Rollouts
 from mint_catalog.runs import Runs
 from mint_catalog.servicers.aliases import AliasServicer
 from mint_catalog.servicers.base_models import BaseModelServicer
@@ -54,6 +55,7 @@ from mint_catalog.servicers.evaluations import EvaluationServicer
 from mint_catalog.servicers.policies import PolicyServicer
 from mint_catalog.servicers.publish import PublishServicer
 from mint_catalog.servicers.revisions import RevisionServicer
+from mint_catalog.servicers.rollouts import RolloutServicer
 from mint_catalog.servicers.runs import RunServicer
 from mint_catalog.servicers.work import WorkServicer
 from mint_catalog.settings import CatalogSettings
@@ -138,7 +140,7 @@ def _services(store: EtcdStore, tables: Tables, codecs: MessageCodecs, hub: Hub,
         ),
         Binding(
             rollout_service_pb2_grpc.add_RolloutServiceServicer_to_server,
-            rollout_service_pb2_grpc.RolloutServiceServicer(),  # type: ignore[abstract]
+            RolloutServicer(Rollouts(store, tables), codecs),
             rollout_service_pb2.DESCRIPTOR.services_by_name["RolloutService"].full_name,
         ),
     ]

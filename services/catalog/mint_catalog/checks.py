@@ -7,15 +7,20 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 
+from mint_blobs.keys import check_key
 from mint_catalog.records import LoraConfig, Policy, PolicyState
 from mint_core.errors import InvalidArgument, NotFound, WrongState
-from mint_core.names import PolicyName, check_id
+from mint_core.names import PolicyName, RevisionName, check_id
 
 __all__ = [
     "check_active",
+    "check_finite",
     "check_holder",
     "check_labels",
     "check_lora",
+    "check_metrics",
+    "check_object_key",
+    "check_own_revision",
     "check_range",
     "check_text",
     "check_ttl",
@@ -77,8 +82,38 @@ def check_labels(labels: Mapping[str, str], *, field: str) -> None:
 def check_range(value: float, *, field: str, least: float, most: float = math.inf, hint: str = "") -> None:
     """``least <= value <= most``, and finite."""
     if not math.isfinite(value) or not least <= value <= most:
-        bound = f"at least {least:g}" if most == math.inf else f"from {least:g} to {most:g}"
-        raise InvalidArgument(f"{field} is {value:g}: it must be {bound}{hint and '; ' + hint}", field=field)
+        bound = f"at least {least}" if most == math.inf else f"from {least} to {most}"
+        raise InvalidArgument(f"{field} is {value}: it must be {bound}{hint and '; ' + hint}", field=field)
+
+
+def check_finite(value: float, *, field: str) -> None:
+    """A figure that is not NaN and not infinite."""
+    if not math.isfinite(value):
+        raise InvalidArgument(f"{field} is {value}: figures must be finite; leave it out", field=field)
+
+
+def check_metrics(metrics: Mapping[str, float], *, field: str, most: int) -> None:
+    """At most ``most`` figures with ids as names, all finite."""
+    if len(metrics) > most:
+        raise InvalidArgument(f"{field} has {len(metrics)} figures: at most {most}", field=field)
+    for key, value in metrics.items():
+        check_id(key, field=field)
+        check_finite(value, field=f"{field}[{key!r}]")
+
+
+def check_object_key(key: str, tenant: str, *, field: str) -> str:
+    """An object key that belongs to the tenant."""
+    if not key.startswith(f"tenants/{tenant}/"):
+        raise InvalidArgument(f"{field} is {key[:120]!r}: expected an object key below tenants/{tenant}/", field=field)
+    return check_key(key, field=field)
+
+
+def check_own_revision(name: str, policy: PolicyName, *, field: str) -> RevisionName:
+    """The name of a revision of this very policy."""
+    revision = RevisionName.parse(name, field=field)
+    if revision.parent != policy:
+        raise InvalidArgument(f"{field} is {revision}: it must belong to {policy}", field=field)
+    return revision
 
 
 def check_lora(lora: LoraConfig | None, *, field: str) -> LoraConfig:

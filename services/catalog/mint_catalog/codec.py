@@ -19,9 +19,10 @@ from google.protobuf.message import Message
 
 from mint_catalog.records import etag_of
 from mint_catalog.store import KeyValue
+from mint_core.errors import InvalidArgument
 from mint_core.names import ResourceName
 
-__all__ = ["Codec", "enum_of", "from_message", "to_message"]
+__all__ = ["Codec", "check_enums", "enum_of", "from_message", "to_message"]
 
 R = TypeVar("R")
 E = TypeVar("E", bound=IntEnum)
@@ -38,6 +39,34 @@ def enum_of(number: int, enum_type: type[E]) -> E:
         return enum_type(0)
 
 
+def check_enums(message: Message, *, field: str) -> None:
+    """Refuse a request's message with an enum value that only a newer program knows: reading would drop it.
+
+    Raises ``InvalidArgument``; ``field`` is the message's path in the request.
+    """
+    for each, value in message.ListFields():
+        if each.enum_type is not None and value not in each.enum_type.values_by_number:
+            known = ", ".join(known.name for known in each.enum_type.values)
+            raise InvalidArgument(
+                f"{field}.{each.name} is {value}: this catalog knows {known}", field=f"{field}.{each.name}"
+            )
+
+
+def _time_of(message: Message, name: str) -> datetime | None:
+    if not message.HasField(name):
+        return None
+    timestamp: Any = getattr(message, name)
+    try:
+        time: datetime = timestamp.ToDatetime(tzinfo=UTC)
+    except ValueError as error:
+        raise InvalidArgument(
+            f"{name} is {timestamp.seconds} s and {timestamp.nanos} ns since 1970: a time lies in the years 1 to 9999 "
+            "and has 0 to 999999999 ns",
+            field=name,
+        ) from error
+    return time
+
+
 def _inner(hint: Any) -> Any:
     """``X`` of ``X | None``."""
     if get_origin(hint) in (Union, types.UnionType):
@@ -49,7 +78,7 @@ def _field(name: str, optional_hint: Any) -> tuple[_Reader, _Writer]:
     hint: Any = _inner(optional_hint)
     if hint is datetime:
         return (
-            lambda message: getattr(message, name).ToDatetime(tzinfo=UTC) if message.HasField(name) else None,
+            lambda message: _time_of(message, name),
             lambda message, value: getattr(message, name).FromDatetime(value),
         )
     if is_dataclass(hint):

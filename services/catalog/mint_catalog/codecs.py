@@ -13,6 +13,7 @@ from mint_api.v1 import (
     evaluation_service_pb2,
     policy_service_pb2,
     revision_service_pb2,
+    rollout_service_pb2,
     run_service_pb2,
 )
 from mint_catalog.codec import Codec
@@ -27,8 +28,9 @@ from mint_catalog.records import (
     Policy,
     Published,
     Revision,
+    Rollout,
 )
-from mint_catalog.run_records import Run
+from mint_catalog.run_records import Run, RunStep
 from mint_catalog.store import KeyValue
 from mint_catalog.tables import Codecs
 from mint_core.names import BaseModelName, BlobName, EngineReplicaName, PolicyName, RunName
@@ -70,7 +72,9 @@ class MessageCodecs:
     policy: Codec[Policy]
     published: Codec[Published]
     revision: Codec[Revision]
+    rollout: Codec[Rollout]
     run: Codec[Run]
+    run_step: Codec[RunStep]
 
     @classmethod
     def over(cls, keys: Keys) -> MessageCodecs:
@@ -96,7 +100,9 @@ class MessageCodecs:
             policy=Codec(Policy, policy_service_pb2.Policy, keys.policy_name),
             published=Codec(Published, revision_service_pb2.Revision),
             revision=Codec(Revision, revision_service_pb2.Revision, keys.revision_name),
+            rollout=Codec(Rollout, rollout_service_pb2.Rollout, keys.rollout_name),
             run=Codec(Run, run_service_pb2.Run, keys.run_name),
+            run_step=Codec(RunStep, run_service_pb2.RunStep),
         )
 
     def for_store(self) -> Codecs:
@@ -111,5 +117,7 @@ class MessageCodecs:
             policy=self.policy,
             published=self.published,
             revision=self.revision,
+            rollout=self.rollout,
             run=self.run,
+            run_step=self.run_step,
         )

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
-from mint_catalog.checks import check_range, check_text, live_policy, not_found
+from mint_catalog.checks import check_metrics, check_own_revision, check_range, check_text, live_policy, not_found
 from mint_catalog.draft import Answer, Draft, Transactions, Written
 from mint_catalog.leases import require_fence
 from mint_catalog.paging import Page, list_page
+from mint_catalog.policies import live_uid
 from mint_catalog.records import Evaluation, Fence, Policy, now
-from mint_catalog.revisions import own_revision
+from mint_catalog.revisions import own_digest
 from mint_catalog.store import Store
 from mint_catalog.tables import Tables
 from mint_core.errors import AlreadyExists, InvalidArgument
-from mint_core.names import EvaluationName, PolicyName, RevisionName, RunName, check_digest, check_id
+from mint_core.names import EvaluationName, PolicyName, RevisionName, RunName, check_digest
 
 __all__ = ["Evaluations"]
 
@@ -30,51 +30,58 @@ class Evaluations:
         self._transactions = Transactions(store, tables.keys)
 
     async def create(self, wanted: Evaluation, fence: Fence | None) -> Written[Evaluation]:
-        """Record an evaluation, under the policy's fence if one is given.
+        """Record an evaluation; with a fence only while that lease is held, on the policy or on ``wanted.run``.
 
-        Raises ``InvalidArgument``, ``NotFound`` (policy, revision), ``AlreadyExists``, ``LeaseLost``.
+        What a run has recorded is answered again when the run records the same. Raises ``InvalidArgument``,
+        ``NotFound`` (policy, revision, run), ``AlreadyExists``, ``LeaseLost``.
         """
         policy = wanted.name.parent
-        revision_name = _check(wanted, policy)
-        head_ref, lease_ref = self._tables.policy(policy), self._tables.lease(policy)
+        revision = _check(wanted, policy)
+        resource = _fenced_resource(wanted, policy, fence)
+        head_ref, lease_ref = self._tables.policy(policy), self._tables.lease(resource)
 
         async def body(draft: Draft) -> Answer[Evaluation]:
             # An evaluation changes no revision and no alias, so the head may move meanwhile.
             await draft.fetch(head_ref, lease_ref, compare=False)
             head = live_policy(draft.get(head_ref), policy)
-            if fence is not None:
-                require_fence(draft, lease_ref, policy, fence)
             record = replace(wanted, create_time=now())
-            if revision_name is not None:
-                record = await self._with_digest(draft, head, record, revision_name)
+            if revision is not None:
+                field = "evaluation.revision_digest"
+                digest = await own_digest(draft, self._tables, head, revision, wanted.revision_digest, field=field)
+                record = replace(record, revision_digest=digest)
             ref = self._tables.evaluation(wanted.name, head.uid)
             await draft.fetch(ref)
-            if draft.get(ref) is not None:
+            stored = draft.get(ref)
+            if stored is not None and stored.run and stored == _as_stored(record, stored):
+                # A retry, maybe after the lease was given back: nothing is written, so the fence does not matter.
+                return Answer(ref, stored)
+            if fence is not None:
+                if isinstance(resource, RunName):
+                    await self._check_run(draft, resource, head)
+                require_fence(draft, lease_ref, resource, fence)
+            if stored is not None:
                 raise AlreadyExists(f"{wanted.name} exists; choose another id", metadata={"resource": str(wanted.name)})
             return draft.put(ref, record)
 
         return await self._transactions.run(body, self._tables.codecs.evaluation)
 
-    async def _with_digest(self, draft: Draft, head: Policy, record: Evaluation, name: RevisionName) -> Evaluation:
-        ref = self._tables.revision(name)
+    async def _check_run(self, draft: Draft, name: RunName, head: Policy) -> None:
+        """The run whose fence it is must be of this very policy: another one's grants nothing here."""
+        ref = self._tables.run(name)
         await draft.fetch(ref, compare=False)
-        revision = own_revision(draft.get(ref), head, name)
-        digest = revision.blob.digest if revision.blob else ""
-        if record.revision_digest not in ("", digest):
+        run = draft.get(ref)
+        if run is None:
+            raise not_found(name)
+        if run.policy != str(head.name) or run.policy_uid != head.uid:
             raise InvalidArgument(
-                f"evaluation.revision_digest is {record.revision_digest}: {name} has {digest}",
-                field="evaluation.revision_digest",
+                f"evaluation.run is {name}: it is a run of {run.policy} ({run.policy_uid}), not of {head.name} "
+                f"({head.uid})",
+                field="evaluation.run",
             )
-        return replace(record, revision_digest=digest)
-
-    async def _uid(self, policy: PolicyName) -> str:
-        ref = self._tables.policy(policy)
-        kv = (await self._store.get([ref.key])).values[0]
-        return live_policy(ref.codec.decode(kv) if kv else None, policy).uid
 
     async def get(self, name: EvaluationName) -> Evaluation:
         """Read one evaluation. Raises ``NotFound``."""
-        ref = self._tables.evaluation(name, await self._uid(name.parent))
+        ref = self._tables.evaluation(name, await live_uid(self._store, self._tables, name.parent))
         kv = (await self._store.get([ref.key])).values[0]
         if kv is None:
             raise not_found(name)
@@ -82,7 +89,7 @@ class Evaluations:
 
     async def list(self, policy: PolicyName, *, page_size: int, page_token: str) -> Page[Evaluation]:
         """One page of a policy's evaluations by id. Raises ``NotFound``, ``InvalidArgument``, ``RevisionCompacted``."""
-        uid = await self._uid(policy)
+        uid = await live_uid(self._store, self._tables, policy)
         return await list_page(
             self._store,
             self._tables.keys.evaluations(policy, uid),
@@ -96,24 +103,29 @@ class Evaluations:
 def _check(wanted: Evaluation, policy: PolicyName) -> RevisionName | None:
     check_text(wanted.scorer, field="evaluation.scorer", max_chars=128)
     check_range(wanted.num_examples, field="evaluation.num_examples", least=0)
-    if len(wanted.metrics) > _MAX_METRICS:
-        raise InvalidArgument(
-            f"evaluation.metrics has {len(wanted.metrics)} figures: at most {_MAX_METRICS}", field="evaluation.metrics"
-        )
-    for key, value in wanted.metrics.items():
-        check_id(key, field="evaluation.metrics")
-        if not math.isfinite(value):
-            raise InvalidArgument(
-                f"evaluation.metrics[{key!r}] is {value}: figures must be finite; leave it out",
-                field=f"evaluation.metrics[{key!r}]",
-            )
+    check_metrics(wanted.metrics, field="evaluation.metrics", most=_MAX_METRICS)
     if wanted.data_digest:
         check_digest(wanted.data_digest, field="evaluation.data_digest")
     if wanted.run:
         RunName.parse(wanted.run, field="evaluation.run")
     if not wanted.revision:
         return None
-    name = RevisionName.parse(wanted.revision, field="evaluation.revision")
-    if name.parent != policy:
-        raise InvalidArgument(f"evaluation.revision is {name}: it must belong to {policy}", field="evaluation.revision")
-    return name
+    return check_own_revision(wanted.revision, policy, field="evaluation.revision")
+
+
+def _fenced_resource(wanted: Evaluation, policy: PolicyName, fence: Fence | None) -> PolicyName | RunName:
+    """Whose lease the fence is of: the evaluating run's, or the policy's."""
+    if fence is None or "/runs/" not in fence.resource:
+        return policy
+    if fence.resource != wanted.run:
+        raise InvalidArgument(
+            f"fence.resource is {fence.resource[:120]!r}: expected the fence of evaluation.run, {wanted.run!r}, or of "
+            f"{policy}",
+            field="fence.resource",
+        )
+    return RunName.parse(fence.resource, field="fence.resource")
+
+
+def _as_stored(record: Evaluation, stored: Evaluation) -> Evaluation:
+    """The record with what the catalog gave the stored one."""
+    return replace(record, create_time=stored.create_time, mod_revision=stored.mod_revision)

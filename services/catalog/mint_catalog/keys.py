@@ -8,12 +8,14 @@
     blobs/{t}/{digest hex}                  graves/{t}/{hh}/{p}/{uid}/{a}           aliases of a deleted policy
     leases/{t}/{policies|runs}/{id}         published/{t}/{hh}/{p}/{run}/{step}     what makes Publish idempotent
     runs/{t}/{hh}/{r}                       evaluations/{t}/{hh}/{p}/{uid}/{e}
+    runSteps/{t}/{hh}/{r}/{n}               rollouts/{t}/{hh}/{p}/{uid}/{r}
     queue/{b}/{order}/{t}/{r}               requests/{bucket}/{t}/{hash}            request ids
     claims/{t}/{r}                          tick
 
 ``hh`` is a hash of the policy's (or run's) id in two hex digits: etcd counts the whole rest of a range for every page
-of it, so a page must not lie in a range of a million keys. A revision's number has 12 digits and a queue entry's
-order is written so that byte order is the order wanted.
+of it, so a page must not lie in a range of a million keys. A revision's or step's number has 12 digits and a queue
+entry's order is written so that byte order is the order wanted. What lies below a policy's uid is out of reach once the
+policy is deleted.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from mint_core.names import (
     EvaluationName,
     PolicyName,
     RevisionName,
+    RolloutName,
     RunName,
 )
 
@@ -115,6 +118,16 @@ class Keys:
         _, tenant, _, policy, _, evaluation = self.parts(key)
         return EvaluationName(tenant, policy, evaluation)
 
+    def rollouts(self, policy: PolicyName, uid: str) -> bytes:
+        return self.family("rollouts", policy.tenant, shard_of(policy.policy), policy.policy, uid)
+
+    def rollout(self, name: RolloutName, uid: str) -> bytes:
+        return self.rollouts(name.parent, uid) + name.rollout.encode()
+
+    def rollout_name(self, key: bytes) -> RolloutName:
+        _, tenant, _, policy, _, rollout = self.parts(key)
+        return RolloutName(tenant, policy, rollout)
+
     def blob(self, name: BlobName) -> bytes:
         return self._key("blobs", name.tenant, name.digest.removeprefix("sha256:"))
 
@@ -129,6 +142,12 @@ class Keys:
 
     def run(self, name: RunName) -> bytes:
         return self._key("runs", name.tenant, shard_of(name.run), name.run)
+
+    def run_steps(self, run: RunName) -> bytes:
+        return self.family("runSteps", run.tenant, shard_of(run.run), run.run)
+
+    def run_step(self, run: RunName, step: int) -> bytes:
+        return self.run_steps(run) + f"{step:0{_ORDER_DIGITS}d}".encode()
 
     def run_name(self, key: bytes) -> RunName:
         """Name of the run of a ``runs/``, ``queue/`` or ``claims/`` key."""

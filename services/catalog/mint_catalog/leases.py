@@ -6,16 +6,18 @@ alone is no mutual exclusion, since a holder may sleep through its end: the toke
 
 from __future__ import annotations
 
+import contextlib
+
 from mint_catalog.checks import check_holder, live_policy, not_found
 from mint_catalog.draft import Draft
 from mint_catalog.paging import list_all
 from mint_catalog.records import Fence, Holder
 from mint_catalog.store import Compare, Delete, Field, KeyValue, LeaseGone, Put, Store
 from mint_catalog.tables import Ref, Tables
-from mint_core.errors import Aborted, InvalidArgument, LeaseHeld, LeaseLost
+from mint_core.errors import Aborted, InvalidArgument, LeaseHeld, LeaseLost, Unavailable
 from mint_core.names import PolicyName, ResourceName, RunName, TenantName
 
-__all__ = ["DEFAULT_TTL_S", "Leases", "lease_held", "lease_lost", "parse_resource", "require_fence"]
+__all__ = ["DEFAULT_TTL_S", "LazyLease", "Leases", "lease_held", "lease_lost", "parse_resource", "require_fence"]
 
 DEFAULT_TTL_S = 30
 _MAX_ATTEMPTS = 10
@@ -45,7 +47,7 @@ def lease_held(resource: ResourceName) -> LeaseHeld:
     )
 
 
-def require_fence(draft: Draft, lease_ref: Ref[Holder], resource: PolicyName, fence: Fence) -> None:
+def require_fence(draft: Draft, lease_ref: Ref[Holder], resource: PolicyName | RunName, fence: Fence) -> None:
     """Let the draft commit only under this fence; raises ``LeaseLost`` when it is superseded already.
 
     The lease must have been fetched. Renewals do not matter: only the key's create-revision is compared.
@@ -133,6 +135,32 @@ class Leases:
         prefix = self._tables.keys.family("leases", tenant.tenant)
         leases, _ = await list_all(self._store, prefix, _Keyed(self._tables))
         return leases
+
+
+class LazyLease:
+    """An etcd lease that is opened when the first claim is tried and revoked unless one was taken."""
+
+    def __init__(self, store: Store, ttl_s: int) -> None:
+        self._store = store
+        self.ttl_s = ttl_s
+        self._id = 0
+        self.taken = False
+
+    async def __aenter__(self) -> LazyLease:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        if self._id and not self.taken:
+            with contextlib.suppress(Unavailable):
+                await self._store.revoke(self._id)
+
+    async def id(self) -> int:
+        if not self._id:
+            self._id = await self._store.grant(self.ttl_s)
+        return self._id
+
+    def forget(self) -> None:
+        self._id = 0
 
 
 class _Keyed:

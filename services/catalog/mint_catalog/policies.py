@@ -23,12 +23,19 @@ from mint_catalog.tables import Tables
 from mint_core.errors import AlreadyExists, InvalidArgument, WrongState
 from mint_core.names import AliasName, BaseModelName, PolicyName, RevisionName, TenantName
 
-__all__ = ["MAX_ALIASES", "Policies"]
+__all__ = ["MAX_ALIASES", "Policies", "live_uid"]
 
 MAX_ALIASES: Final = 50
 """Aliases of one policy; deletion buries them all in one transaction of at most 128 operations."""
 
 _MUTABLE: Final = ("description", "labels", "lora", "owner")
+
+
+async def live_uid(store: Store, tables: Tables, name: PolicyName) -> str:
+    """uid of a policy that is not deleted. Raises ``NotFound``."""
+    ref = tables.policy(name)
+    kv = (await store.get([ref.key])).values[0]
+    return live_policy(ref.codec.decode(kv) if kv else None, name).uid
 
 
 class Policies:

@@ -1,8 +1,11 @@
 """The queue of runs: claim, report, commit, finish, and what happens to a run whose worker is gone.
 
-A claim acquires the policy's training lease in the same transaction, so the lease's key, the claim's key and the
-run's new state are of one revision, and that revision is the fence. Every later write of the worker compares that
-both keys still are of it. A claim whose lease is gone goes back to the queue.
+A claim acquires a lease in the same transaction, so the lease's key, the claim's key and the run's new state are of one
+revision, and that revision is the fence. Every later write of the worker compares that both keys still are of it. A
+claim whose lease is gone goes back to the queue.
+
+A run that trains leases its policy, so a policy is trained by one at a time. An evaluation changes no policy and
+leases itself: a policy is evaluated while it is trained, by as many as there are.
 """
 
 from __future__ import annotations
@@ -12,13 +15,14 @@ import contextlib
 from dataclasses import dataclass, replace
 from typing import Final
 
-from mint_catalog.checks import check_holder, not_found
+from mint_catalog.checks import check_finite, check_holder, check_metrics, check_object_key, check_range, not_found
 from mint_catalog.draft import Answer, Draft, Transactions, Written
-from mint_catalog.leases import lease_lost, require_fence
+from mint_catalog.leases import LazyLease, lease_lost, parse_resource, require_fence
 from mint_catalog.paging import list_all
+from mint_catalog.recipes import MAX_STEPS
 from mint_catalog.records import Fence, Holder, Policy, PolicyState, TrainingState, now
-from mint_catalog.run_records import Run, RunEvent, RunProgress, RunState
-from mint_catalog.runs import ended, queue_key, with_events
+from mint_catalog.run_records import Run, RunEvent, RunProgress, RunState, RunStep
+from mint_catalog.runs import ended, enqueue, leased_resource, waiting_for, with_events
 from mint_catalog.signals import Signal
 from mint_catalog.store import Compare, Delete, Field, KeyValue, LeaseGone, Operation, Put, Store, prefix_end
 from mint_catalog.tables import Ref, Tables
@@ -31,6 +35,8 @@ __all__ = ["Claim", "Outcome", "RunQueue"]
 
 _logger = get_logger(__name__)
 _SCAN: Final = 100
+_MAX_REPORTED_STEPS: Final = 100
+_MAX_METRICS: Final = 64
 _POLL_S: Final = 1.0
 _CLAIMED = failpoints.declare("catalog.claim.after", "the run is claimed, the worker does not know yet")
 _COMMITTED = failpoints.declare("catalog.state.after", "the training state is current, the worker does not know yet")
@@ -38,10 +44,11 @@ _COMMITTED = failpoints.declare("catalog.state.after", "the training state is cu
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A run, and the lease on its policy."""
+    """A run, and the lease under which it is worked on."""
 
     run: Run
-    policy: PolicyName
+    resource: PolicyName | RunName
+    """What is leased: the run's policy, or the run itself."""
     holder: Holder
 
 
@@ -62,7 +69,6 @@ class _Refs:
     run: Ref[Run]
     claim: Ref[bytes]
     lease: Ref[Holder]
-    policy: Ref[Policy]
 
 
 class RunQueue:
@@ -82,7 +88,7 @@ class RunQueue:
         self._signal.notify()
 
     async def claim(self, base_model: BaseModelName, holder: str, ttl_s: int, *, wait_s: float) -> Claim | None:
-        """Claim the first run of the queue whose policy nobody trains; wait for one at most ``wait_s``.
+        """Claim the first run of the queue whose lease is free; wait for one at most ``wait_s``.
 
         Raises ``InvalidArgument``, ``Unavailable``.
         """
@@ -99,7 +105,7 @@ class RunQueue:
     async def _claim_first(self, base_model: BaseModelName, holder: str, ttl_s: int) -> Claim | None:
         prefix = self._tables.keys.queue(base_model)
         start, end = prefix, prefix_end(prefix)
-        async with _LazyLease(self._store, ttl_s) as lease:
+        async with LazyLease(self._store, ttl_s) as lease:
             while True:
                 page = await self._store.scan(start, end, limit=_SCAN)
                 if not page.values:
@@ -115,28 +121,27 @@ class RunQueue:
                 start = page.values[-1].key + b"\0"
 
     async def _free(self, entries: tuple[KeyValue, ...]) -> list[KeyValue]:
-        """The entries whose policy is not leased; the first one of each policy."""
+        """The entries whose lease is free; the first one for each lease."""
         first: dict[bytes, KeyValue] = {}
         for entry in entries:
-            policy = PolicyName(self._tables.keys.run_name(entry.key).tenant, entry.value.decode())
-            first.setdefault(self._tables.keys.lease(policy), entry)
+            _, resource = waiting_for(self._tables.keys, entry)
+            first.setdefault(self._tables.keys.lease(resource), entry)
         leases = (await self._store.get(list(first))).values
         return [entry for entry, lease in zip(first.values(), leases, strict=True) if lease is None]
 
-    async def _claim_entry(self, entry: KeyValue, holder: str, lease: _LazyLease) -> Claim | None:
-        name = self._tables.keys.run_name(entry.key)
-        policy = PolicyName(name.tenant, entry.value.decode())
-        refs = self._refs(name, policy)
-        keys = [entry.key, refs.run.key, refs.policy.key, refs.lease.key]
+    async def _claim_entry(self, entry: KeyValue, holder: str, lease: LazyLease) -> Claim | None:
+        policy, resource = waiting_for(self._tables.keys, entry)
+        refs, head_ref = self._refs(self._tables.keys.run_name(entry.key), resource), self._tables.policy(policy)
+        keys = [entry.key, refs.run.key, head_ref.key, refs.lease.key]
         queued, run_kv, head_kv, lease_kv = (await self._store.get(keys)).values
         if queued is None or lease_kv is not None:
             return None
         run = refs.run.codec.decode(run_kv) if run_kv else None
-        head = refs.policy.codec.decode(head_kv) if head_kv else None
+        head = head_ref.codec.decode(head_kv) if head_kv else None
         compares = [
             Compare(entry.key, Field.MOD, queued.mod_revision),
             Compare(refs.run.key, Field.MOD, run_kv.mod_revision if run_kv else 0),
-            Compare(refs.policy.key, Field.MOD, head_kv.mod_revision if head_kv else 0),
+            Compare(head_ref.key, Field.MOD, head_kv.mod_revision if head_kv else 0),
             Compare(refs.lease.key, Field.CREATE, 0),
             Compare(refs.claim.key, Field.CREATE, 0),
         ]
@@ -168,42 +173,48 @@ class RunQueue:
             self._signal.notify()  # a rival moved something; look again soon
             return None
         run = replace(claimed, mod_revision=result.revision)
-        return Claim(run, policy, replace(held, token=result.revision))
+        return Claim(run, resource, replace(held, token=result.revision))
 
-    def _refs(self, name: RunName, policy: PolicyName) -> _Refs:
-        tables = self._tables
-        return _Refs(tables.run(name), tables.claim(name), tables.lease(policy), tables.policy(policy))
+    def _refs(self, name: RunName, resource: PolicyName | RunName) -> _Refs:
+        return _Refs(self._tables.run(name), self._tables.claim(name), self._tables.lease(resource))
 
     async def _fenced(self, draft: Draft, name: RunName, fence: Fence) -> tuple[_Refs, Run]:
         """Let the draft commit only while the worker holds this very claim."""
-        policy = PolicyName.parse(fence.resource, field="fence.resource")
-        refs = self._refs(name, policy)
+        resource = parse_resource(fence.resource, field="fence.resource")
+        refs = self._refs(name, resource)
         await draft.fetch(refs.run, refs.claim, refs.lease)
         run = draft.get(refs.run)
         if run is None:
             raise not_found(name)
-        if run.policy != fence.resource:
+        if resource != leased_resource(run):
             raise InvalidArgument(
-                f"fence.resource is {fence.resource}: expected the fence of {run.policy}", field="fence.resource"
+                f"fence.resource is {resource}: expected the fence of {leased_resource(run)}", field="fence.resource"
             )
         if run.state.ended:
             raise WrongState(
                 f"{name} has {run.state.name}: it takes no more reports",
                 metadata={"resource": str(name), "state": run.state.name},
             )
-        require_fence(draft, refs.lease, policy, fence)
+        require_fence(draft, refs.lease, resource, fence)
         if draft.create_revision(refs.claim) != fence.token:
-            raise lease_lost(policy, fence.token)
+            raise lease_lost(resource, fence.token)
         draft.require_created(refs.claim, fence.token)
         return refs, run
 
     async def report(
-        self, name: RunName, fence: Fence, progress: RunProgress | None, events: tuple[RunEvent, ...]
+        self,
+        name: RunName,
+        fence: Fence,
+        progress: RunProgress | None,
+        events: tuple[RunEvent, ...] = (),
+        steps: tuple[RunStep, ...] = (),
     ) -> bool:
-        """Replace the progress, append events; returns whether a cancel was asked for.
+        """Replace the progress, append events, keep the figures of steps; returns whether a cancel was asked for.
 
-        Raises ``NotFound``, ``LeaseLost``, ``WrongState``.
+        A step that was reported before is replaced. Raises ``InvalidArgument``, ``NotFound``, ``LeaseLost``,
+        ``WrongState``.
         """
+        _check_steps(steps)
 
         async def body(draft: Draft) -> Answer[Run]:
             refs, run = await self._fenced(draft, name, fence)
@@ -211,6 +222,8 @@ class RunQueue:
             if progress is not None:
                 run = replace(run, progress=replace(progress, update_time=progress.update_time or time))
             run = with_events(run, *(replace(event, time=event.time or time) for event in events))
+            for step in steps:
+                draft.put(self._tables.run_step(name, step.step), replace(step, time=step.time or time))
             return draft.put(refs.run, run)
 
         written = await self._transactions.run(body, self._tables.codecs.run)
@@ -219,24 +232,28 @@ class RunQueue:
     async def commit_state(self, name: RunName, fence: Fence, state: TrainingState) -> int:
         """Make a saved state current for the run and its policy; returns the catalog revision.
 
-        Raises ``InvalidArgument``, ``NotFound``, ``LeaseLost``, ``WrongState`` (an older step than the current one).
+        Raises ``InvalidArgument`` (also for an evaluation, which trains nothing), ``NotFound``, ``LeaseLost``,
+        ``WrongState`` (an older step than the current one).
         """
         _check_state(state, name, fence)
         state = replace(state, run=str(name), fence=fence.token, save_time=state.save_time or now())
 
         async def body(draft: Draft) -> Answer[Run]:
             refs, run = await self._fenced(draft, name, fence)
+            if run.evaluation is not None:
+                raise InvalidArgument(f"{name} is an evaluation: it trains nothing and has no state", field="name")
             current = run.latest_training_state
             if current is not None and current.step > state.step:
                 raise WrongState(
                     f"state.step is {state.step}: {name} has a state of step {current.step} already; continue from it",
                     metadata={"resource": str(name), "step": str(current.step)},
                 )
-            await draft.fetch(refs.policy)
-            head = draft.get(refs.policy)
+            head_ref = self._tables.policy(PolicyName.parse(run.policy))
+            await draft.fetch(head_ref)
+            head = draft.get(head_ref)
             if head is None or head.state is PolicyState.DELETED:
                 raise not_found(run.policy)
-            draft.put(refs.policy, replace(head, latest_training_state=state, update_time=now()))
+            draft.put(head_ref, replace(head, latest_training_state=state, update_time=now()))
             return draft.put(refs.run, replace(run, latest_training_state=state))
 
         written = await self._transactions.run(body, self._tables.codecs.run)
@@ -244,7 +261,7 @@ class RunQueue:
         return written.catalog_revision
 
     async def finish(self, name: RunName, fence: Fence, outcome: Outcome) -> Run:
-        """End a run and give the policy's lease back, in one transaction.
+        """End a run and give its lease back, in one transaction.
 
         Raises ``InvalidArgument``, ``NotFound``, ``LeaseLost``, ``WrongState``.
         """
@@ -288,7 +305,9 @@ class RunQueue:
         ref = self._tables.run(name)
         await draft.fetch(ref)
         run = draft.get(ref)
-        known = run is not None and run.policy == fence.resource and 0 < fence.token == run.finished_fence
+        known = (
+            run is not None and str(leased_resource(run)) == fence.resource and 0 < fence.token == run.finished_fence
+        )
         return Answer(ref, run) if known else None
 
     def _requeue(self, draft: Draft, refs: _Refs, run: Run, error: str) -> Answer[Run]:
@@ -300,8 +319,7 @@ class RunQueue:
         if run.num_attempts >= self._max_attempts:
             message = f"{error} (attempt {run.num_attempts} of {self._max_attempts})"
             return draft.put(refs.run, ended(run, RunState.FAILED, kind="failed", message=message, error=message))
-        policy = PolicyName.parse(run.policy)
-        draft.put_bytes(queue_key(self._tables, f"baseModels/{base_model}", run), policy.policy.encode())
+        enqueue(draft, self._tables, f"baseModels/{base_model}", run)
         waiting = replace(run, state=RunState.QUEUED, worker="")
         return draft.put(refs.run, with_events(waiting, RunEvent(now(), "requeued", error)))
 
@@ -313,25 +331,30 @@ class RunQueue:
         for kv in claims:
             name = self._tables.keys.run_name(kv.key)
             policy = PolicyName(name.tenant, kv.value.decode().partition("/")[0])
-            lease = (await self._store.get([self._tables.keys.lease(policy)])).values[0]
-            if lease is None or lease.create_revision != kv.create_revision:
-                num_reaped += await self._take_back(name, policy, kv.create_revision)
+            # Whichever of the two it leased: a claim and its lease are of one revision, and nothing else is.
+            leases = (await self._store.get([self._tables.keys.lease(policy), self._tables.keys.lease(name)])).values
+            if all(lease is None or lease.create_revision != kv.create_revision for lease in leases):
+                num_reaped += await self._take_back(name, kv.create_revision)
         return num_reaped
 
-    async def _take_back(self, name: RunName, policy: PolicyName, token: int) -> int:
-        refs = self._refs(name, policy)
+    async def _take_back(self, name: RunName, token: int) -> int:
+        run_ref, claim_ref = self._tables.run(name), self._tables.claim(name)
         taken = False
 
         async def body(draft: Draft) -> Answer[Run]:
             nonlocal taken
             taken = False
-            await draft.fetch(refs.run, refs.claim, refs.lease)
-            run = draft.get(refs.run)
-            if draft.create_revision(refs.claim) != token or draft.create_revision(refs.lease) == token:
-                return Answer(refs.run, run or Run(name))
+            await draft.fetch(run_ref, claim_ref)
+            run = draft.get(run_ref)
+            if draft.create_revision(claim_ref) != token:
+                return Answer(run_ref, run or Run(name))
             if run is None or not run.state.claimed:
-                draft.delete(refs.claim)
-                return Answer(refs.run, run or Run(name))
+                draft.delete(claim_ref)
+                return Answer(run_ref, run or Run(name))
+            refs = self._refs(name, leased_resource(run))
+            await draft.fetch(refs.lease)
+            if draft.create_revision(refs.lease) == token:
+                return Answer(run_ref, run)
             draft.require_created(refs.lease, draft.create_revision(refs.lease))
             taken = True
             return self._requeue(draft, refs, run, f"LEASE_LOST: worker {run.worker} did not renew its lease in time")
@@ -341,32 +364,6 @@ class RunQueue:
             state = written.record.state.name
             _logger.info("claim taken back", extra={"fields": {"run": str(name), "fence": token, "state": state}})
         return int(taken)
-
-
-class _LazyLease:
-    """An etcd lease that is opened when the first claim is tried and revoked unless one was taken."""
-
-    def __init__(self, store: Store, ttl_s: int) -> None:
-        self._store = store
-        self.ttl_s = ttl_s
-        self._id = 0
-        self.taken = False
-
-    async def __aenter__(self) -> _LazyLease:
-        return self
-
-    async def __aexit__(self, *exc: object) -> None:
-        if self._id and not self.taken:
-            with contextlib.suppress(Unavailable):
-                await self._store.revoke(self._id)
-
-    async def id(self) -> int:
-        if not self._id:
-            self._id = await self._store.grant(self.ttl_s)
-        return self._id
-
-    def forget(self) -> None:
-        self._id = 0
 
 
 class _KeyOnly:
@@ -391,6 +388,18 @@ def _claimed(run: Run, head: Policy, holder: str) -> Run:
     return with_events(claimed, RunEvent(now(), "claimed", f"attempt {attempt} by worker {holder}"))
 
 
+def _check_steps(steps: tuple[RunStep, ...]) -> None:
+    if len(steps) > _MAX_REPORTED_STEPS:
+        raise InvalidArgument(
+            f"steps has {len(steps)} entries: at most {_MAX_REPORTED_STEPS} in one report, send more reports",
+            field="steps",
+        )
+    for index, step in enumerate(steps):
+        check_range(step.step, field=f"steps[{index}].step", least=1, most=MAX_STEPS)
+        check_finite(step.loss, field=f"steps[{index}].loss")
+        check_metrics(step.metrics, field=f"steps[{index}].metrics", most=_MAX_METRICS)
+
+
 def _check_state(state: TrainingState, name: RunName, fence: Fence) -> None:
     if state.step < 0:
         raise InvalidArgument(f"state.step is {state.step}: it must not be negative", field="state.step")
@@ -405,11 +414,7 @@ def _check_state(state: TrainingState, name: RunName, fence: Fence) -> None:
         ("weights", state.weights_key, state.weights),
         ("optimizer", state.optimizer_key, state.optimizer),
     ):
-        if not key.startswith(f"tenants/{name.tenant}/") or len(key) > 1024 or ".." in key:
-            raise InvalidArgument(
-                f"state.{field}_key is {key[:120]!r}: expected an object key below tenants/{name.tenant}/",
-                field=f"state.{field}_key",
-            )
+        check_object_key(key, name.tenant, field=f"state.{field}_key")
         if blob is None:
             raise InvalidArgument(f"state.{field} is missing: name its digest and size", field=f"state.{field}")
         check_digest(blob.digest, field=f"state.{field}.digest")

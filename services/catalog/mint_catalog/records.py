@@ -20,6 +20,7 @@ from mint_core.names import (
     EvaluationName,
     PolicyName,
     RevisionName,
+    RolloutName,
 )
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "Resolution",
     "Revision",
     "RevisionState",
+    "Rollout",
     "TrainingState",
     "check_etag",
     "etag_of",
@@ -301,4 +303,23 @@ class Evaluation:
     metrics: Mapping[str, float] = field(default_factory=dict)
     run: str = ""
     create_time: datetime | None = None
+    mod_revision: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    name: RolloutName
+    revision: str = ""
+    revision_digest: str = ""
+    run: str = ""
+    step: int = 0
+    object_key: str = ""
+    blob: BlobRef | None = None
+    numerics: Numerics | None = None
+    num_samples: int = 0
+    reward_mean: float = 0.0
+    create_time: datetime | None = None
+    expire_time: datetime | None = None
+    num_tokens: int = 0
+    num_unscored: int = 0
     mod_revision: int = 0

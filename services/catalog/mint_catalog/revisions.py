@@ -31,7 +31,7 @@ from mint_core import failpoints
 from mint_core.errors import AlreadyExists, BaseModelMismatch, InvalidArgument, LeaseHeld, WrongState
 from mint_core.names import BlobName, PolicyName, RevisionName, RunName, check_digest
 
-__all__ = ["Revisions", "own_revision"]
+__all__ = ["Revisions", "own_digest", "own_revision"]
 
 _BEFORE = failpoints.declare("catalog.publish.before", "the blob is verified, the revision is not published yet")
 _AFTER = failpoints.declare("catalog.publish.after", "the revision is published, the answer is not sent yet")
@@ -42,6 +42,20 @@ def own_revision(revision: Revision | None, head: Policy, name: RevisionName) ->
     if revision is None or revision.policy_uid != head.uid or revision.state is RevisionState.DELETED:
         raise not_found(name)
     return revision
+
+
+async def own_digest(draft: Draft, tables: Tables, head: Policy, name: RevisionName, said: str, *, field: str) -> str:
+    """Digest of one of the policy's revisions; what the caller ``said`` it is may be empty but not another.
+
+    A digest never changes, so it is not compared on commit. Raises ``NotFound``, ``InvalidArgument``.
+    """
+    ref = tables.revision(name)
+    await draft.fetch(ref, compare=False)
+    revision = own_revision(draft.get(ref), head, name)
+    digest = revision.blob.digest if revision.blob else ""
+    if said not in ("", digest):
+        raise InvalidArgument(f"{field} is {said[:80]!r}: {name} has {digest}", field=field)
+    return digest
 
 
 class Revisions:

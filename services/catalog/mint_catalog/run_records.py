@@ -14,14 +14,18 @@ from mint_core.names import RunName
 __all__ = [
     "DpoRecipe",
     "EvaluationRecipe",
+    "GroupAdvantage",
     "GrpoRecipe",
+    "LossFunction",
     "OptimizerConfig",
     "Recipe",
     "Run",
     "RunEvent",
     "RunProgress",
     "RunState",
+    "RunStep",
     "SftRecipe",
+    "TokenWeighting",
 ]
 
 
@@ -43,6 +47,28 @@ class RunState(IntEnum):
     def claimed(self) -> bool:
         """Whether a worker holds the run."""
         return self in (RunState.RUNNING, RunState.CANCELLING)
+
+
+class GroupAdvantage(IntEnum):
+    UNSPECIFIED = 0
+    STANDARDIZED = 1
+    CENTERED = 2
+
+
+class TokenWeighting(IntEnum):
+    UNSPECIFIED = 0
+    TOKEN_MEAN = 1
+    SEQUENCE_MEAN = 2
+    FIXED_LENGTH = 3
+
+
+class LossFunction(IntEnum):
+    UNSPECIFIED = 0
+    CROSS_ENTROPY = 1
+    IMPORTANCE_SAMPLING = 2
+    PPO = 3
+    CISPO = 4
+    DRO = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +108,17 @@ class GrpoRecipe:
     clip_epsilon: float = 0.0
     kl_coefficient: float = 0.0
     seed: int = 0
+    scorer_options: Mapping[str, str] = field(default_factory=dict)
+    scorer_timeout_s: float = 0.0
+    advantage: GroupAdvantage = GroupAdvantage.UNSPECIFIED
+    weighting: TokenWeighting = TokenWeighting.UNSPECIFIED
+    loss: LossFunction = LossFunction.UNSPECIFIED
+    clip_epsilon_high: float = 0.0
+    sequence_level_ratio: bool = False
+    max_staleness: int = 0
+    promote_every_steps: int = 0
+    stop: tuple[str, ...] = ()
+    rollout_ttl_s: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +137,11 @@ class EvaluationRecipe:
     data: BlobRef | None = None
     scorer: str = ""
     max_new_tokens: int = 0
+    scorer_options: Mapping[str, str] = field(default_factory=dict)
+    scorer_timeout_s: float = 0.0
+    temperature: float = 0.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
 
 
 Recipe: TypeAlias = SftRecipe | GrpoRecipe | DpoRecipe | EvaluationRecipe
@@ -116,6 +158,15 @@ class RunProgress:
     saved_step: int = 0
     update_time: datetime | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class RunStep:
+    step: int = 0
+    time: datetime | None = None
+    loss: float = 0.0
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    mod_revision: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,21 +10,23 @@ from typing import Final
 from mint_catalog.blobs import verified_blob
 from mint_catalog.checks import check_active, check_range, check_text, live_policy, not_found
 from mint_catalog.draft import Answer, Draft, Transactions, Written
+from mint_catalog.keys import Keys
 from mint_catalog.paging import Page, list_page
-from mint_catalog.recipes import check_recipe, data_blobs, num_steps, with_blobs
+from mint_catalog.recipes import check_recipe, data_blobs, evaluated, num_steps, with_blobs
 from mint_catalog.records import BlobRef, Policy, now
 from mint_catalog.requests import Request
 from mint_catalog.revisions import own_revision
-from mint_catalog.run_records import Run, RunEvent, RunProgress, RunState
-from mint_catalog.store import Store
+from mint_catalog.run_records import Run, RunEvent, RunProgress, RunState, RunStep
+from mint_catalog.store import KeyValue, Store
 from mint_catalog.tables import Tables
 from mint_core.errors import AlreadyExists, InvalidArgument, WrongState
 from mint_core.names import BaseModelName, BlobName, PolicyName, RevisionName, RunName, TenantName, check_id
 
-__all__ = ["Runs", "ended", "queue_key", "with_events"]
+__all__ = ["Runs", "ended", "enqueue", "leased_resource", "waiting_for", "with_events"]
 
 _MAX_EVENTS: Final = 64
 _MAX_PRIORITY: Final = 1_000_000
+_EVALUATION: Final = "evaluation"
 
 
 def with_events(run: Run, *events: RunEvent) -> Run:
@@ -38,11 +40,31 @@ def ended(run: Run, state: RunState, *, kind: str, message: str, error: str = ""
     return with_events(replace(run, state=state, error=error, end_time=time), RunEvent(time, kind, message))
 
 
-def queue_key(tables: Tables, base_model: str, run: Run) -> bytes:
+def _queue_key(tables: Tables, base_model: str, run: Run) -> bytes:
     """Where the run waits; the same place each time it goes back."""
     created = run.create_time.timestamp() if run.create_time else 0.0
     name = BaseModelName.parse(base_model)
     return tables.keys.queued(name, run.name, priority=run.priority, create_time_us=round(created * 1e6))
+
+
+def leased_resource(run: Run) -> PolicyName | RunName:
+    """What a worker leases to work on the run: its policy, or, for an evaluation, which changes no policy, the run."""
+    return run.name if run.evaluation is not None else PolicyName.parse(run.policy)
+
+
+def enqueue(draft: Draft, tables: Tables, base_model: str, run: Run) -> None:
+    """Let the run wait for a worker. The entry tells its policy and what is leased, without reading the run."""
+    policy = PolicyName.parse(run.policy).policy
+    value = policy if run.evaluation is None else f"{policy}/{_EVALUATION}"
+    draft.put_bytes(_queue_key(tables, base_model, run), value.encode())
+
+
+def waiting_for(keys: Keys, entry: KeyValue) -> tuple[PolicyName, PolicyName | RunName]:
+    """The policy of a queue's entry, and what its claim will lease."""
+    run = keys.run_name(entry.key)
+    policy_id, _, kind = entry.value.decode().partition("/")
+    policy = PolicyName(run.tenant, policy_id)
+    return policy, run if kind == _EVALUATION else policy
 
 
 class Runs:
@@ -85,7 +107,7 @@ class Runs:
                 record = verified_blob(draft.get(blob_ref), blobs[digest])
                 sizes[digest] = record.blob or BlobRef(digest)
                 draft.touch(blob_ref)  # a condemnation under way loses
-            await self._check_revision(draft, wanted, head)
+            await self._check_evaluated(draft, wanted, head)
             time = now()
             run = Run(
                 name=name,
@@ -105,17 +127,24 @@ class Runs:
                 policy_uid=head.uid,
             )
             run = with_blobs(run, lambda blob: sizes[blob.digest])
-            draft.put_bytes(queue_key(self._tables, head.base_model, run), policy.policy.encode())
+            enqueue(draft, self._tables, head.base_model, run)
             return draft.put(ref, run)
 
         return await self._transactions.run(body, self._tables.codecs.run, request)
 
-    async def _check_revision(self, draft: Draft, wanted: Run, head: Policy) -> None:
-        if wanted.evaluation is not None:
-            name = RevisionName.parse(wanted.evaluation.revision, field="run.evaluation.revision")
+    async def _check_evaluated(self, draft: Draft, wanted: Run, head: Policy) -> None:
+        if wanted.evaluation is None:
+            return
+        name = evaluated(wanted.evaluation, head.name)
+        if isinstance(name, RevisionName):
             ref = self._tables.revision(name)
             await draft.fetch(ref)
             own_revision(draft.get(ref), head, name)
+        elif str(name) != head.base_model:
+            raise InvalidArgument(
+                f"run.evaluation.revision is {name}: the base of {head.name} is {head.base_model}",
+                field="run.evaluation.revision",
+            )
 
     async def get(self, name: RunName) -> Run:
         """Read one run. Raises ``NotFound``."""
@@ -148,6 +177,21 @@ class Runs:
             keep=(lambda run: run.policy in policies) if policies else None,
         )
 
+    async def steps(self, name: RunName, *, page_size: int, page_token: str) -> Page[RunStep]:
+        """One page of the figures of a run's steps, oldest first.
+
+        Raises ``NotFound``, ``InvalidArgument``, ``RevisionCompacted``.
+        """
+        await self.get(name)
+        return await list_page(
+            self._store,
+            self._tables.keys.run_steps(name),
+            self._tables.codecs.run_step,
+            bound=f"runSteps\0{name}",
+            page_size=page_size,
+            page_token=page_token,
+        )
+
     async def cancel(self, name: RunName, reason: str) -> Run:
         """Ask a run to stop: a queued one ends at once, a claimed one is told by its next report.
 
@@ -177,7 +221,7 @@ class Runs:
             head = draft.get(head_ref)
             if head is not None:
                 # A tombstone still knows the base; a queue entry that is left over is dropped by the next claim.
-                draft.delete_key(queue_key(self._tables, head.base_model, run))
+                draft.delete_key(_queue_key(self._tables, head.base_model, run))
             return draft.put(ref, ended(run, RunState.CANCELLED, kind="cancelled", message=message))
 
         return (await self._transactions.run(body, self._tables.codecs.run)).record

@@ -16,8 +16,9 @@ from mint_catalog.records import (
     Policy,
     Published,
     Revision,
+    Rollout,
 )
-from mint_catalog.run_records import Run
+from mint_catalog.run_records import Run, RunStep
 from mint_catalog.store import KeyValue
 from mint_core.names import (
     AliasName,
@@ -27,6 +28,7 @@ from mint_core.names import (
     EvaluationName,
     PolicyName,
     RevisionName,
+    RolloutName,
     RunName,
 )
 
@@ -68,7 +70,9 @@ class Codecs:
     policy: RecordCodec[Policy]
     published: RecordCodec[Published]
     revision: RecordCodec[Revision]
+    rollout: RecordCodec[Rollout]
     run: RecordCodec[Run]
+    run_step: RecordCodec[RunStep]
 
 
 class _BytesCodec:
@@ -124,8 +128,14 @@ class Tables:
     def revision(self, name: RevisionName) -> Ref[Revision]:
         return Ref(self.keys.revision(name), self.codecs.revision)
 
+    def rollout(self, name: RolloutName, uid: str) -> Ref[Rollout]:
+        return Ref(self.keys.rollout(name, uid), self.codecs.rollout)
+
     def run(self, name: RunName) -> Ref[Run]:
         return Ref(self.keys.run(name), self.codecs.run)
+
+    def run_step(self, run: RunName, step: int) -> Ref[RunStep]:
+        return Ref(self.keys.run_step(run, step), self.codecs.run_step)
 
     def claim(self, run: RunName) -> Ref[bytes]:
         return Ref(self.keys.claim(run), _BYTES)

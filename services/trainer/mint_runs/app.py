@@ -31,7 +31,9 @@ async def runs(settings: RunsSettings) -> AsyncIterator[Services]:
     """
     tokenizer = BaseTokenizer(settings.base_model_path)
     digest = await asyncio.to_thread(digest_of_folder, settings.base_model_path)
-    endpoints = Endpoints(catalog=settings.catalog_address, trainer=settings.trainer_address)
+    endpoints = Endpoints(
+        catalog=settings.catalog_address, trainer=settings.trainer_address, inference=settings.inference_address
+    )
     async with (
         MintClient(endpoints) as client,
         WorkClient(settings.catalog_runtime_address) as work,

@@ -1,4 +1,4 @@
-"""One attempt at one run: what a recipe works with, and the writes that every recipe makes.
+"""One attempt at one run: what a recipe works with, and the writes that recipes share.
 
 Every write is made under the lease: it is checked here, and the fence is compared again where the write lands.
 """
@@ -12,7 +12,7 @@ import hashlib
 import importlib.metadata
 import tempfile
 import uuid
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -35,10 +35,10 @@ __all__ = ["Attempt", "Outcome", "RunCancelled", "RunDrained"]
 
 _SAVED = failpoints.declare("runs.saved", "a state is stored by the trainer, not yet current in the catalog")
 _COMMITTED = failpoints.declare("runs.committed", "a saved state is current in the catalog")
-_EXPORTED = failpoints.declare("runs.exported", "the final state is published, no alias moved yet")
+_EXPORTED = failpoints.declare("runs.exported", "a state is published as a revision, no alias moved yet")
 _PROMOTED = failpoints.declare("runs.promoted", "the alias points at the published revision, the run has not ended")
 
-_NUM_PARENTS_LOOKED_AT = 16
+_NUM_REVISIONS_LOOKED_AT = 16
 
 T = TypeVar("T")
 
@@ -96,6 +96,16 @@ class Attempt:
             return "cancel"
         return "drain" if self.draining.is_set() else ""
 
+    def check(self) -> None:
+        """Raise :class:`LeaseLost` unless the lease is held, :class:`RunCancelled` or :class:`RunDrained` if asked to
+        stop: for where everything worth keeping is saved."""
+        self.lease.check()
+        reason = self.stop_requested
+        if reason == "cancel":
+            raise RunCancelled
+        if reason == "drain":
+            raise RunDrained
+
     def next_session_id(self) -> str:
         """An id for a session at the trainer that no other attempt uses: sessions know no fences."""
         self._num_sessions += 1
@@ -109,7 +119,7 @@ class Attempt:
         """
         name = str(BlobName(self.tenant, blob.digest))
         try:
-            record = await self._patiently("catalog", lambda: self.work.get_blob(name))
+            record = await self.patiently("catalog", lambda: self.work.get_blob(name))
         except NotFound:
             record = publish_service_pb2.BlobRecord()
         if record.state != publish_service_pb2.BLOB_STATE_VERIFIED:
@@ -120,7 +130,7 @@ class Attempt:
             )
         with tempfile.TemporaryDirectory(dir=self.settings.scratch_path, prefix="mint-runs-") as folder:
             path = Path(folder) / "data"
-            await self._patiently(
+            await self.patiently(
                 "object store",
                 lambda: self.store.get_file(
                     record.object_key, path, digest=blob.digest, size_bytes=record.blob.size_bytes
@@ -137,17 +147,28 @@ class Attempt:
         """Make a saved state current for the run and its policy."""
         await _SAVED.reached()
         self.lease.check()
-        await self._patiently("catalog", lambda: self.work.commit_training_state(self.run.name, self.fence, state))
+        await self.patiently("catalog", lambda: self.work.commit_training_state(self.run.name, self.fence, state))
         self.reporter.event("saved", f"state after step {state.step} is saved")
         await _COMMITTED.reached()
 
     async def publish(self, state: common_pb2.TrainingState, *, data_digest: str) -> str:
-        """Export and publish a committed state, and promote the run's alias to it; answers the revision's name.
+        """:meth:`export` a state that the run's initial one led to, and promote the run's alias to it; answers the
+        revision's name."""
+        parent = await self.initial_revision()
+        revision = await self.export(state, data_digest=data_digest, parent_revision=parent.name if parent else "")
+        if self.run.promote_alias:
+            await self.promote(revision.number)
+        return revision.name
+
+    async def export(
+        self, state: common_pb2.TrainingState, *, data_digest: str, parent_revision: str
+    ) -> revision_service_pb2.Revision:
+        """Export and publish a committed state.
 
         Safe to repeat in a later attempt: the same step of the same run is the same revision.
         """
         lineage = revision_service_pb2.Lineage(
-            parent_revision=await self._parent_revision(),
+            parent_revision=parent_revision,
             run=self.run.name,
             step=state.step,
             data_digest=data_digest,
@@ -155,26 +176,25 @@ class Attempt:
         )
         request_id = str(uuid.uuid4())
         self.lease.check()
-        response = await self._patiently(
+        response = await self.patiently(
             "exporter",
             lambda: self.exporter.export(self.run.policy, state, self.fence, lineage=lineage, request_id=request_id),
         )
-        revision = response.revision
+        revision: revision_service_pb2.Revision = response.revision
         self.published_revision = revision.name
         self.reporter.event("published", f"revision {revision.number} is {revision.blob.digest}")
         await _EXPORTED.reached()
-        if self.run.promote_alias:
-            await self._promote(revision.number)
-        return revision.name
+        return revision
 
-    async def _promote(self, number: int) -> None:
+    async def promote(self, number: int) -> None:
+        """Point the run's alias at revision ``number``; a repetition moves nothing."""
         alias = f"{self.run.policy}/aliases/{self.run.promote_alias}"
         # Aliases know no fences. The id makes the promotion of this run's revision happen once: a repetition, by a
         # later attempt or by a worker that slept through its lease, gets the stored answer and moves nothing, also
         # when somebody has moved the alias since.
         request_id = _derived_uuid(f"{self.run.name} promotes {alias} to {number}")
         self.lease.check()
-        await self._patiently(
+        await self.patiently(
             "catalog",
             lambda: self.client.aliases.promote(
                 alias, number, reason=f"published by {self.run.name}", request_id=request_id
@@ -183,23 +203,26 @@ class Attempt:
         self.reporter.event("promoted", f"{self.run.promote_alias} points at revision {number}")
         await _PROMOTED.reached()
 
-    async def _parent_revision(self) -> str:
-        """The revision that was exported from the state this run started from, or empty."""
+    async def initial_revision(self) -> revision_service_pb2.Revision | None:
+        """The revision that was exported from the state this run started from, if there is one."""
         start = self.run.initial_training_state
-        if not start.run:
-            return ""
+        return await self.find_revision(start.run, start.step) if start.run else None
+
+    async def find_revision(self, run: str, step: int) -> revision_service_pb2.Revision | None:
+        """The policy's revision that was exported after ``step`` steps of ``run``, if it is among the newest."""
         newest = self.policy.next_revision_number - 1
-        for number in range(newest, max(0, newest - _NUM_PARENTS_LOOKED_AT), -1):
+        for number in range(newest, max(0, newest - _NUM_REVISIONS_LOOKED_AT), -1):
             name = f"{self.run.policy}/revisions/{number}"
             try:
-                revision = await self._patiently("catalog", functools.partial(self.client.revisions.get, name))
+                revision = await self.patiently("catalog", functools.partial(self.client.revisions.get, name))
             except NotFound:
                 continue
-            if (revision.lineage.run, revision.lineage.step) == (start.run, start.step):
-                return str(revision.name)
-        return ""
+            if (revision.lineage.run, revision.lineage.step) == (run, step):
+                return revision
+        return None
 
-    async def _patiently(self, what: str, call: Callable[[], Any]) -> Any:
+    async def patiently(self, what: str, call: Callable[[], Awaitable[T]]) -> T:
+        """:func:`mint_runs.patience.patiently` with the patience of the settings."""
         return await patiently(what, call, patience_s=self.settings.patience_s)
 
 

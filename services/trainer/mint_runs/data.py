@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from mint_core.errors import InvalidArgument
 
-__all__ = ["ChatExample", "Example", "LineProblem", "TextExample", "bad_lines", "parse_examples"]
+__all__ = [
+    "ChatExample",
+    "Example",
+    "LineProblem",
+    "TextExample",
+    "bad_lines",
+    "parse_examples",
+    "parse_lines",
+    "parse_messages",
+    "parse_text",
+]
 
 EXPECTED = (
     'expected one JSON object a line: {"prompt": text, "completion": text}, or '
@@ -18,6 +28,8 @@ EXPECTED = (
 
 _ROLES = ("system", "user", "assistant")
 _MAX_LISTED = 5
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,26 +57,33 @@ class LineProblem(ValueError):
 
 
 def parse_examples(lines: Iterable[bytes], *, source: str) -> list[Example]:
-    """Examples of a JSONL file; empty lines are skipped.
+    """Examples of a JSONL file: :func:`parse_lines` for training on completions."""
+    return parse_lines(lines, _example, source=source, expected=EXPECTED)
 
-    ``source`` says which data set it is. Raises :class:`InvalidArgument` naming the first bad line and what is wrong
-    with it, or that there is no example at all.
+
+def parse_lines(
+    lines: Iterable[bytes], parse: Callable[[dict[str, Any], int], T], *, source: str, expected: str
+) -> list[T]:
+    """What ``parse`` makes of each line's JSON object and number; empty lines are skipped.
+
+    ``source`` says which data set it is. Raises :class:`InvalidArgument` naming the first bad line, what is wrong with
+    it and what is ``expected``, or that there is no line at all. ``parse`` raises :class:`LineProblem`.
     """
-    examples: list[Example] = []
+    parsed: list[T] = []
     problems: list[tuple[int, str]] = []
     for number, line in enumerate(lines, 1):
         text = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
         if not text.strip():
             continue
         try:
-            examples.append(_parse_line(text, number))
+            parsed.append(parse(_object(text), number))
         except LineProblem as problem:
             problems.append((number, str(problem)))
     if problems:
-        raise bad_lines(source, problems, expected=EXPECTED)
-    if not examples:
-        raise InvalidArgument(f"{source} has no example: {EXPECTED}", field=source)
-    return examples
+        raise bad_lines(source, problems, expected=expected)
+    if not parsed:
+        raise InvalidArgument(f"{source} has no example: {expected}", field=source)
+    return parsed
 
 
 def bad_lines(source: str, problems: list[tuple[int, str]], *, expected: str) -> InvalidArgument:
@@ -77,7 +96,7 @@ def bad_lines(source: str, problems: list[tuple[int, str]], *, expected: str) ->
     return InvalidArgument(f"{source} line {number}: {problem}; {expected}{more}", field=source)
 
 
-def _parse_line(line: bytes, number: int) -> Example:
+def _object(line: bytes) -> dict[str, Any]:
     try:
         value: Any = json.loads(line.decode("utf-8").strip())
     except UnicodeDecodeError as error:
@@ -90,12 +109,22 @@ def _parse_line(line: bytes, number: int) -> Example:
         raise LineProblem(f"a JSON {_kind(value)}, not an object")
     if "messages" in value and ("prompt" in value or "completion" in value):
         raise LineProblem("has both messages and prompt or completion")
-    if "messages" in value:
-        return ChatExample(number, _parse_messages(value["messages"]))
-    return TextExample(number, _text(value, "prompt"), _text(value, "completion"))
+    return value
 
 
-def _text(value: dict[str, Any], key: str) -> str:
+def _example(value: dict[str, Any], number: int) -> Example:
+    if "messages" not in value:
+        return TextExample(number, parse_text(value, "prompt"), parse_text(value, "completion"))
+    messages = parse_messages(value["messages"])
+    if messages[-1]["role"] != "assistant":
+        raise LineProblem(f"the last message is the {messages[-1]['role']}'s, not the assistant's")
+    if len(messages) == 1:
+        raise LineProblem("messages has nothing before the assistant's first message")
+    return ChatExample(number, messages)
+
+
+def parse_text(value: dict[str, Any], key: str) -> str:
+    """The non-empty text under ``key`` of a line. Raises :class:`LineProblem`."""
     if key not in value:
         raise LineProblem(f"{key} is missing (keys: {', '.join(sorted(map(str, value))) or 'none'})")
     return _plain_text(value[key], key)
@@ -113,7 +142,8 @@ def _plain_text(text: Any, what: str) -> str:
     return text
 
 
-def _parse_messages(value: Any) -> tuple[dict[str, str], ...]:
+def parse_messages(value: Any) -> tuple[dict[str, str], ...]:
+    """At least one message with a known role and content. Raises :class:`LineProblem`."""
     if not isinstance(value, list) or not value:
         raise LineProblem("messages is not a list with at least one message")
     messages = []
@@ -129,10 +159,6 @@ def _parse_messages(value: Any) -> tuple[dict[str, str], ...]:
         if "content" not in message:
             raise LineProblem(f"messages[{place}].content is missing")
         messages.append({"role": role, "content": _plain_text(message["content"], f"messages[{place}].content")})
-    if messages[-1]["role"] != "assistant":
-        raise LineProblem(f"the last message is the {messages[-1]['role']}'s, not the assistant's")
-    if len(messages) == 1:
-        raise LineProblem("messages has nothing before the assistant's first message")
     return tuple(messages)
 
 

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from mint_core import log
 from mint_core.clock import Deadline
-from mint_core.errors import DeadlineExceeded, Unavailable
+from mint_core.errors import DeadlineExceeded, ResourceExhausted, Unavailable
 
 __all__ = ["patiently"]
 
@@ -20,7 +20,8 @@ T = TypeVar("T")
 
 
 async def patiently(what: str, call: Callable[[], Awaitable[T]], *, patience_s: float) -> T:
-    """Make ``call``, and again while it answers UNAVAILABLE or not in time, for ``patience_s``.
+    """Make ``call``, and again for ``patience_s`` while it answers UNAVAILABLE, not in time, or RESOURCE_EXHAUSTED with
+    a time to come back.
 
     ``call`` must be safe to repeat. Raises the last error when patience is over.
     """
@@ -29,8 +30,9 @@ async def patiently(what: str, call: Callable[[], Awaitable[T]], *, patience_s: 
     while True:
         try:
             return await call()
-        except (Unavailable, DeadlineExceeded) as error:
-            if deadline.remaining_s <= 0:
+        except (Unavailable, DeadlineExceeded, ResourceExhausted) as error:
+            is_passing = not isinstance(error, ResourceExhausted) or error.retry_after_s is not None
+            if deadline.remaining_s <= 0 or not is_passing:
                 raise
             asked_s = error.retry_after_s or 0.0
             _log.info(

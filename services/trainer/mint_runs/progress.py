@@ -1,4 +1,4 @@
-"""Progress and events on their way to the catalog, without training waiting for them."""
+"""Progress, events and figures of steps on their way to the catalog, without training waiting for them."""
 
 from __future__ import annotations
 
@@ -15,20 +15,25 @@ __all__ = ["Reporter"]
 
 _log = log.get_logger(__name__)
 
-Send = Callable[[run_service_pb2.RunProgress | None, Sequence[run_service_pb2.RunEvent]], Awaitable[bool]]
+_MAX_STEPS = 100
+
+Send = Callable[
+    [run_service_pb2.RunProgress | None, Sequence[run_service_pb2.RunEvent], Sequence[run_service_pb2.RunStep]],
+    Awaitable[bool],
+]
+"""Writes progress, events and at most 100 steps; answers whether a cancel was asked for."""
 
 
 class Reporter:
-    """Sends the newest progress, at most every ``interval_s``; what is overtaken is never sent. Events all are.
-
-    ``send`` writes both and answers whether a cancel was asked for.
-    """
+    """Sends the newest progress, at most every ``interval_s``; what is overtaken is never sent. Events and the figures
+    of steps all are."""
 
     def __init__(self, send: Send, *, interval_s: float) -> None:
         self._send = send
         self._interval_s = interval_s
         self._progress: run_service_pb2.RunProgress | None = None
         self._events: list[run_service_pb2.RunEvent] = []
+        self._steps: dict[int, run_service_pb2.RunStep] = {}
         self._wanted = asyncio.Event()
         self._sending = asyncio.Lock()
         self.cancel_requested = False
@@ -48,6 +53,13 @@ class Reporter:
         _log.info("event", extra={"fields": {"kind": kind, "event": message}})
         self._wanted.set()
 
+    def step(self, step: run_service_pb2.RunStep) -> None:
+        """Note the figures of a step, in place of what was noted for it before; returns at once."""
+        noted = run_service_pb2.RunStep()
+        noted.CopyFrom(step)
+        self._steps[step.step] = noted
+        self._wanted.set()
+
     async def run(self) -> None:
         """Send until cancelled. Ends only by raising :class:`LeaseLost`."""
         while True:
@@ -60,10 +72,11 @@ class Reporter:
         """Send what has not been sent. Raises :class:`LeaseLost`; any other failure is tried again with the next."""
         async with self._sending:
             progress, events = self._progress, list(self._events)
-            if progress is None and not events:
+            steps = list(self._steps.values())[:_MAX_STEPS]
+            if progress is None and not events and not steps:
                 return
             try:
-                self.cancel_requested = await self._send(progress, events) or self.cancel_requested
+                self.cancel_requested = await self._send(progress, events, steps) or self.cancel_requested
             except LeaseLost:
                 raise
             except MintError as error:
@@ -71,6 +84,11 @@ class Reporter:
                 self._wanted.set()
                 return
             del self._events[: len(events)]
+            for step in steps:
+                if self._steps.get(step.step) is step:
+                    del self._steps[step.step]
+            if self._steps:
+                self._wanted.set()
             if self._progress is progress:
                 self._progress = None
 

@@ -36,11 +36,30 @@ class RunsSettings(ServiceSettings):
     exporter_runtime_address: str
     """host:port or unix:PATH of the exporter's services for our own processes."""
 
+    inference_address: str = ""
+    """host:port or unix:PATH of inference, which samples for GRPO and evaluation; SFT alone needs none."""
+
+    remote_scorers: dict[str, str] = Field(default_factory=dict)
+    """Scorers behind gRPC (``mint.v1.ScorerService``), name to host:port or unix:PATH; they win over installed ones.
+
+    Recipes can only name them. A tenant who could give an address would make this worker, which stands inside the
+    operator's network, call anything there, and would read the answers as rewards and errors."""
+
     object_store: ObjectStoreSettings = ObjectStoreSettings()
-    """Where data sets are read from."""
+    """Where data sets are read from and rollout batches are kept."""
 
     max_concurrent_runs: int = Field(default=4, ge=1, le=64)
     """Runs in progress at the same time; the steps of one wait while the trainer computes another's."""
+
+    max_concurrent_samples: int = Field(default=16, ge=1, le=1024)
+    """Completions that one run asks inference for at the same time."""
+
+    sample_timeout_s: float = Field(default=900.0, gt=0)
+    """How long one completion may take before it is asked for again."""
+
+    replay_routed_experts: bool = False
+    """Record the experts that every sampled token went to and replay them in the update: for a base with routed
+    experts, engines with ``return_routed_experts`` and a trainer that replays."""
 
     lease_ttl_s: float = Field(default=30.0, ge=2, le=3600)
     """Time to live of a policy's lease after its last renewal: how long the runs of a dead worker stand still."""
@@ -55,13 +74,13 @@ class RunsSettings(ServiceSettings):
     """Progress is written at most this often."""
 
     patience_s: float = Field(default=300.0, gt=0)
-    """How long trainer, exporter or object store may be away before an attempt is given up."""
+    """How long trainer, exporter, inference or object store may be away before an attempt is given up."""
 
     drain_timeout_s: float = Field(default=60.0, gt=0)
     """After SIGTERM, how long a run gets to finish its step, save its state and be given back."""
 
     scratch_path: Path | None = None
-    """Folder for data sets while they are read; none takes the system's temporary folder."""
+    """Folder for data sets and rollout batches on their way; none takes the system's temporary folder."""
 
     @model_validator(mode="after")
     def _margin_fits(self) -> Self:

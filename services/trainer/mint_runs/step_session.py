@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Self, TypeVar
 
 from mint_api.v1 import common_pb2, run_service_pb2, session_service_pb2
@@ -80,14 +80,24 @@ class StepSession:
             async with asyncio.timeout(_CLOSE_TIMEOUT_S):
                 await self._sessions.close(self._name)
 
-    async def forward(self, data: Sequence[session_service_pb2.Datum]) -> session_service_pb2.StepResult:
-        """Log-probabilities and cross-entropy, without gradients."""
-        return await self._call(lambda: self._sessions.forward(self._name, data))
+    async def forward(
+        self, data: Sequence[session_service_pb2.Datum], *, reference: bool = False
+    ) -> session_service_pb2.StepResult:
+        """Log-probabilities and cross-entropy, without gradients; with ``reference`` those of the base alone."""
+        return await self._call(lambda: self._sessions.forward(self._name, data, reference=reference))
 
-    async def forward_backward(self, data: Sequence[session_service_pb2.Datum]) -> session_service_pb2.StepResult:
-        """Add the gradient of the cross-entropy, a sum over tokens."""
+    async def forward_backward(
+        self,
+        data: Sequence[session_service_pb2.Datum],
+        *,
+        loss: common_pb2.LossFunction.ValueType = common_pb2.LOSS_FUNCTION_CROSS_ENTROPY,
+        loss_parameters: Mapping[str, float] | None = None,
+    ) -> session_service_pb2.StepResult:
+        """Add the gradient of ``loss``, a sum over tokens."""
         seq = self._next_seq
-        result = await self._call(lambda: self._sessions.forward_backward(self._name, seq, data))
+        result = await self._call(
+            lambda: self._sessions.forward_backward(self._name, seq, data, loss=loss, loss_parameters=loss_parameters)
+        )
         self._next_seq = seq + 1
         return result
 

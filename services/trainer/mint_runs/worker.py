@@ -151,7 +151,9 @@ class Worker:
         try:
             lease = await self._hold(claimed)
             reporter = Reporter(
-                lambda progress, events: self._work.report_run(run.name, fence, progress=progress, events=events),
+                lambda progress, events, steps: self._work.report_run(
+                    run.name, fence, progress=progress, events=events, steps=steps
+                ),
                 interval_s=self._settings.report_interval_s,
             )
             attempt = Attempt(

@@ -32,6 +32,12 @@ class Datum:
     """Log-probabilities of the targets under the behaviour policy, length n or empty."""
     advantages: Sequence[float] = ()
     """Advantage of each target, length n or empty."""
+    reference_logprobs: Sequence[float] = ()
+    """Log-probabilities of the targets under a reference policy, length n or empty."""
+
+
+_SIDE_INPUTS = ("behavior_logprobs", "advantages", "reference_logprobs")
+"""Fields of :class:`Datum` that all data of a step have, or none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,10 +74,16 @@ class MicroBatch:
     """float32 ``[N]``, if every datum of the step has them."""
     advantages: torch.Tensor | None
     """float32 ``[N]``, if every datum of the step has them."""
+    reference_logprobs: torch.Tensor | None
+    """float32 ``[N]``, if every datum of the step has them."""
 
     def positions(self) -> torch.Tensor:
         """Indices ``[N]`` of the real tokens in the flattened ``[batch * length]``."""
         return self.attention_mask.flatten().nonzero().squeeze(1)
+
+    def datum_index(self) -> torch.Tensor:
+        """int64 ``[N]``: which datum of this micro-batch each real token belongs to."""
+        return torch.arange(len(self.lengths)).repeat_interleave(torch.tensor(self.lengths))
 
 
 def check_data(data: Sequence[Datum], limits: BatchLimits) -> None:
@@ -86,7 +98,7 @@ def check_data(data: Sequence[Datum], limits: BatchLimits) -> None:
         )
     for index, datum in enumerate(data):
         _check_datum(datum, f"data[{index}]", limits)
-    for name in ("behavior_logprobs", "advantages"):
+    for name in _SIDE_INPUTS:
         given = sum(1 for datum in data if len(getattr(datum, name)))
         if given not in (0, len(data)):
             raise InvalidArgument(
@@ -104,9 +116,9 @@ def _check_datum(datum: Datum, where: str, limits: BatchLimits) -> None:
             f"{where}.tokens has {length} tokens: the longest sequence is {limits.max_datum_tokens}",
             field=f"{where}.tokens",
         )
-    for name, required in (("targets", True), ("weights", True), ("behavior_logprobs", False), ("advantages", False)):
+    for name in ("targets", "weights", *_SIDE_INPUTS):
         given = len(getattr(datum, name))
-        if given != length and (required or given):
+        if given != length and (given or name not in _SIDE_INPUTS):
             raise InvalidArgument(
                 f"{where}.{name} has {given} entries and tokens {length}: they must be equally many",
                 field=f"{where}.{name}",
@@ -119,7 +131,7 @@ def _check_datum(datum: Datum, where: str, limits: BatchLimits) -> None:
                 f"{where}.{name}[{bad}] is {ids[bad]}: token ids of this base are 0 to {limits.vocab_size - 1}",
                 field=f"{where}.{name}[{bad}]",
             )
-    for name in ("weights", "behavior_logprobs", "advantages"):
+    for name in ("weights", *_SIDE_INPUTS):
         values = getattr(datum, name)
         for i, value in enumerate(values):
             if not math.isfinite(value):
@@ -156,8 +168,7 @@ def _as_tensors(first: int, data: Sequence[Datum]) -> MicroBatch:
         attention_mask=attention_mask,
         targets=torch.tensor([token for datum in data for token in datum.targets], dtype=torch.int64),
         weights=_flat(data, "weights"),
-        behavior_logprobs=_flat(data, "behavior_logprobs") if len(data[0].behavior_logprobs) else None,
-        advantages=_flat(data, "advantages") if len(data[0].advantages) else None,
+        **{name: _flat(data, name) if len(getattr(data[0], name)) else None for name in _SIDE_INPUTS},
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import grpc
 from google.protobuf.message import Message
@@ -24,6 +24,7 @@ from mint_trainer.state import Blob, SavedState
 __all__ = ["SessionServicer"]
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+StepRequest = TypeVar("StepRequest", pb.ForwardBackwardRequest, pb.OptimStepRequest)
 
 
 class SessionServicer(session_service_pb2_grpc.SessionServiceServicer):
@@ -58,14 +59,16 @@ class SessionServicer(session_service_pb2_grpc.SessionServiceServicer):
         return pb.CloseSessionResponse()
 
     async def Forward(self, request: pb.ForwardRequest, _: Context) -> pb.ForwardResponse:
-        result = await self._sessions.forward(_session_name(request.session), _data(request.data))
+        result = await self._sessions.forward(
+            _session_name(request.session), _data(request.data), reference=request.reference
+        )
         return pb.ForwardResponse(result=_result(result))
 
     async def ForwardBackward(self, request: pb.ForwardBackwardRequest, _: Context) -> pb.ForwardBackwardResponse:
         result = await self._sessions.forward_backward(
             _session_name(request.session),
             request.seq,
-            _digest(request),
+            _step_digest(request),
             _data(request.data),
             _loss(request.loss),
             dict(request.loss_parameters),
@@ -77,7 +80,7 @@ class SessionServicer(session_service_pb2_grpc.SessionServiceServicer):
         result = await self._sessions.optim_step(
             _session_name(request.session),
             request.seq,
-            _digest(request),
+            _step_digest(request),
             _optimizer(request.optimizer),
             request.gradient_scale or 1.0,
         )
@@ -138,6 +141,14 @@ def _digest(request: Message) -> bytes:
     return hashlib.sha256(request.SerializeToString(deterministic=True)).digest()
 
 
+def _step_digest(request: StepRequest) -> bytes:
+    """Digest of all but the session's name: results saved with a state answer in the session made from it too."""
+    payload = type(request)()
+    payload.CopyFrom(request)
+    payload.ClearField("session")
+    return _digest(payload)
+
+
 def _data(data: Sequence[pb.Datum]) -> list[Datum]:
     for index, datum in enumerate(data):
         if datum.routed_experts:
@@ -146,7 +157,14 @@ def _data(data: Sequence[pb.Datum]) -> list[Datum]:
             )
     # Plain lists: a repeated field is slow to walk more than once.
     return [
-        Datum(list(d.tokens), list(d.targets), list(d.weights), list(d.behavior_logprobs), list(d.advantages))
+        Datum(
+            tokens=list(d.tokens),
+            targets=list(d.targets),
+            weights=list(d.weights),
+            behavior_logprobs=list(d.behavior_logprobs),
+            advantages=list(d.advantages),
+            reference_logprobs=list(d.reference_logprobs),
+        )
         for d in data
     ]
 
@@ -210,6 +228,7 @@ def _result(result: StepResult) -> pb.StepResult:
         grad_norm=result.grad_norm,
         step=result.step,
         compute_ms=result.compute_ms,
+        metrics=result.metrics,
     )
 
 

@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -45,7 +45,9 @@ class StepResult:
     grad_norm: float = 0.0
     """Norm of the gradient after scaling and before clipping (optim_step)."""
     compute_ms: float = 0.0
-    """Time on the torch thread."""
+    """Time on the torch thread; 0 in a result that was read back with a saved state."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """More figures of the loss, sums over the tokens of non-zero weight: see :class:`LossValue`."""
 
 
 class TrainingSession:
@@ -74,12 +76,15 @@ class TrainingSession:
         self._adapters.remove(self.adapter)
         self.gradients = {}
 
-    def forward(self, data: Sequence[Datum]) -> StepResult:
-        """Log-probabilities and cross-entropy, without gradients and without dropout."""
+    def forward(self, data: Sequence[Datum], *, reference: bool = False) -> StepResult:
+        """Log-probabilities and cross-entropy, without gradients and without dropout.
+
+        With ``reference`` the base computes alone, as if the adapter were not there.
+        """
         check_data(data, self._limits)
         started = time.monotonic()
         loss_sum, logprobs = 0.0, []
-        self._adapters.activate(self.adapter)
+        self._adapters.activate(None if reference else self.adapter)
         with torch.no_grad():
             for batch in micro_batches(data, self._limits):
                 values = target_logprobs(self.base, batch, None)
@@ -96,43 +101,36 @@ class TrainingSession:
         """Compute ``loss`` and add its gradient to the gathered one.
 
         Raises :class:`InvalidArgument` for bad data or parameters, :class:`Unimplemented` for a loss that this build
-        does not have, :class:`WrongState` when loss or gradient are not finite.
+        does not have, :class:`WrongState` when a ratio, the loss or the gradient is not finite.
         """
         spec = LOSSES.get(loss)
         if spec is None:
             raise Unimplemented(f"loss is {loss!r}: this trainer computes {', '.join(sorted(LOSSES))}")
         parameters = spec.parameters(loss_parameters or {})
         check_data(data, self._limits)
-        for name in spec.needs:
-            if not len(getattr(data[0], name)):
-                raise InvalidArgument(f"data have no {name}: {loss} needs them", field=f"data.{name}")
+        spec.check_side_inputs(data[0], parameters)
         started = time.monotonic()
-        loss_sum, logprobs = 0.0, []
+        loss_sum, logprobs, metrics = 0.0, [], dict[str, float]()
         self._adapters.activate(self.adapter)
         with self._clean_gradients(), self._own_randomness():
             for batch in micro_batches(data, self._limits):
                 graded = batch.weights != 0
                 values = target_logprobs(self.base, batch, graded)
                 logprobs += split_logprobs(batch, values)
-                if not bool(graded.any()):
-                    continue
-                total = spec.compute(
-                    LossInputs(
-                        logprobs=values[graded],
-                        weights=batch.weights[graded],
-                        behavior_logprobs=None if batch.behavior_logprobs is None else batch.behavior_logprobs[graded],
-                        advantages=None if batch.advantages is None else batch.advantages[graded],
-                    ),
-                    parameters,
-                )
-                loss_sum += float(total.detach())
-                total.backward()
+                value = spec.compute(LossInputs.of(batch, values), parameters)
+                loss_sum += float(value.total.detach())
+                for name, figure in value.metrics.items():
+                    metrics[name] = metrics.get(name, 0.0) + figure
+                if bool(graded.any()):
+                    value.total.backward()
             fresh = {name: p.grad for name, p in self.adapter.parameters.items() if p.grad is not None}
             norm = gradient_norm(list(fresh.values()))
-            if not (math.isfinite(loss_sum) and math.isfinite(norm)):
+            figures = {"loss_sum": loss_sum, "gradient norm": norm, **metrics}
+            if not all(math.isfinite(figure) for figure in figures.values()):
                 raise WrongState(
-                    f"{loss} gave loss_sum {loss_sum} with gradient norm {norm}: the weights or the inputs have "
-                    "diverged; nothing was gathered; load an earlier state or lower the learning rate"
+                    f"{loss} gave {', '.join(f'{name} {figure:g}' for name, figure in figures.items())}: the weights "
+                    "or the inputs have diverged; nothing was gathered; load an earlier state or lower the learning "
+                    "rate"
                 )
             rng_state = torch.get_rng_state() if self.recipe.dropout else self.rng_state
         # From here on nothing can fail.
@@ -141,7 +139,7 @@ class TrainingSession:
             self.gradients[name] = gradient if gathered is None else gathered.add_(gradient)
         self.num_gathered += 1
         self.rng_state = rng_state
-        return replace(self._counted(data, loss_sum, started), logprobs=tuple(logprobs))
+        return replace(self._counted(data, loss_sum, started), logprobs=tuple(logprobs), metrics=metrics)
 
     def optim_step(self, config: AdamWConfig, gradient_scale: float = 1.0) -> StepResult:
         """Multiply the gathered gradient by ``gradient_scale``, clip it, apply it and clear it.

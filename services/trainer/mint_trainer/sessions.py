@@ -31,7 +31,7 @@ from mint_core.names import PolicyName, SessionName
 from mint_trainer.adapters import ResidentAdapters
 from mint_trainer.base import ResidentBase
 from mint_trainer.batch import BatchLimits, Datum
-from mint_trainer.ledger import StepLedger
+from mint_trainer.ledger import LedgerContents, StepLedger
 from mint_trainer.optimizer import AdamWConfig
 from mint_trainer.recipe import AdapterRecipe
 from mint_trainer.session import StepResult, TrainingSession
@@ -135,6 +135,9 @@ class Sessions:
     ) -> SessionView:
         """Place a policy on the base, fresh from ``recipe`` or as saved; repeated with the same payload, a no-op.
 
+        From a state the session goes on after the saved steps' seq and answers for them; with ``weights_only`` it
+        begins at seq 1.
+
         Raises :class:`InvalidArgument`, :class:`AlreadyExists`, :class:`BaseModelMismatch`, :class:`BlobCorrupt`,
         :class:`NotFound` for a state that is not there and :class:`ResourceExhausted` when there is no room.
         """
@@ -182,11 +185,12 @@ class Sessions:
                 )
             if from_state is None:
                 assert recipe is not None  # create() checked it
-                session = await self._thread.run(partial(self._fresh, recipe), ticket)
+                session, contents = await self._thread.run(partial(self._fresh, recipe), ticket), None
             else:
                 async with self._fetched(from_state, weights_only) as reader:
-                    session = await self._thread.run(partial(self._restored, reader, recipe), ticket)
-            entry = _Entry(name, policy, payload_digest, session, StepLedger(str(name), self._limits.num_kept_results))
+                    session, contents = await self._thread.run(partial(self._restored, reader, recipe), ticket)
+            ledger = StepLedger(str(name), self._limits.num_kept_results, contents)
+            entry = _Entry(name, policy, payload_digest, session, ledger)
             self._entries[name] = entry
             return self._view(entry)
 
@@ -217,12 +221,15 @@ class Sessions:
 
     # --- steps
 
-    async def forward(self, name: SessionName, data: Sequence[Datum]) -> StepResult:
-        """Log-probabilities and cross-entropy; takes its turn like a step but has no seq."""
-        return await self._in_turn(name, lambda entry, ticket: self._forward(entry, data, ticket))
+    async def forward(self, name: SessionName, data: Sequence[Datum], *, reference: bool = False) -> StepResult:
+        """Log-probabilities and cross-entropy; takes its turn like a step but has no seq.
 
-    async def _forward(self, entry: _Entry, data: Sequence[Datum], ticket: Ticket) -> StepResult:
-        return await self._thread.run(partial(entry.session.forward, data), ticket)
+        With ``reference`` the base computes alone: the log-probabilities of a reference policy.
+        """
+        return await self._in_turn(name, partial(self._forward, data, reference))
+
+    async def _forward(self, data: Sequence[Datum], reference: bool, entry: _Entry, ticket: Ticket) -> StepResult:
+        return await self._thread.run(partial(entry.session.forward, data, reference=reference), ticket)
 
     async def forward_backward(
         self,
@@ -275,7 +282,7 @@ class Sessions:
     # --- state
 
     async def save_state(self, name: SessionName, run: str, run_id: str, fence: int) -> SavedState:
-        """Store weights and optimizer under the keys of (policy, ``run_id``, step, ``fence``).
+        """Store weights, optimizer and newest step results under the keys of (policy, ``run_id``, step, ``fence``).
 
         Raises :class:`AlreadyExists` if those keys hold another state and :class:`Unavailable` if the store is away.
         """
@@ -286,7 +293,9 @@ class Sessions:
     async def _save(self, run: str, run_id: str, fence: int, entry: _Entry, ticket: Ticket) -> SavedState:
         keys = state_keys(entry.policy, run_id, entry.session.step, fence)
         with tempfile.TemporaryDirectory(dir=self._scratch) as folder:
-            files = await self._thread.run(partial(write_state, entry.session, Path(folder)), ticket)
+            files = await self._thread.run(
+                partial(write_state, entry.session, entry.ledger.contents, Path(folder)), ticket
+            )
             # The optimizer first: whoever finds weights finds the whole state.
             await self._store.put_file(keys.optimizer, files.optimizer_path, digest=files.optimizer.digest)
             await _OPTIMIZER_STORED.reached()
@@ -335,14 +344,14 @@ class Sessions:
     def _fresh(self, recipe: AdapterRecipe) -> TrainingSession:
         return TrainingSession(self.base, self._adapters, recipe, self._batch_limits)
 
-    def _restored(self, reader: StateReader, recipe: AdapterRecipe | None) -> TrainingSession:
+    def _restored(self, reader: StateReader, recipe: AdapterRecipe | None) -> tuple[TrainingSession, LedgerContents]:
         session = self._fresh(recipe or reader.recipe())
         try:
             reader.restore(session)
+            return session, reader.ledger()
         except BaseException:  # also when interrupted, the adapter leaves the base
             session.close()
             raise
-        return session
 
     # --- turns
 

@@ -67,7 +67,7 @@ class TrainerSettings(ServiceSettings):
     """A session without calls for so long is closed; what it has not saved is gone."""
 
     num_kept_results: int = Field(default=64, ge=1)
-    """Step results kept for each session, for callers whose answer was lost."""
+    """Step results kept for each session and saved with its state, for callers whose answer was lost."""
 
     max_datum_tokens: int = Field(default=8192, ge=1)
     """Longest sequence; the base's own context length if that is shorter."""

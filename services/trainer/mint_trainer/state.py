@@ -2,7 +2,8 @@
 
 ``weights``: the adapter under its PEFT names, float32, with the adapter configuration that the exporter reads.
 ``optimizer``: moments, gathered gradient and random state as tensors; what is no tensor as JSON in the metadata,
-together with the digest of the weights it belongs to, so that the halves of two states are never mixed.
+together with the digest of the weights it belongs to, so that the halves of two states are never mixed. The newest step
+results are in it too; states of before they were saved are read as those of a session without steps.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ import torch
 from mint_core.errors import BaseModelMismatch, BlobCorrupt, InvalidArgument, WrongState
 from mint_core.names import check_digest
 from mint_lora import LAYOUT_PEFT, AdapterConfig, TensorFile, write_safetensors
+from mint_trainer.ledger import LedgerContents
 from mint_trainer.optimizer import AdamW
 from mint_trainer.recipe import AdapterRecipe
+from mint_trainer.saved_ledger import ledger_document, ledger_tensors, read_ledger
 from mint_trainer.session import TrainingSession
 
 __all__ = ["Blob", "SavedState", "StateFiles", "StateReader", "write_state"]
@@ -78,8 +81,8 @@ class StateFiles:
     optimizer: Blob
 
 
-def write_state(session: TrainingSession, folder: Path) -> StateFiles:
-    """Write both files into ``folder``; the same state gives the same bytes in any process."""
+def write_state(session: TrainingSession, ledger: LedgerContents, folder: Path) -> StateFiles:
+    """Write both files into ``folder``; the same state and steps give the same bytes in any process."""
     weights_path, optimizer_path = folder / "weights.safetensors", folder / "optimizer.safetensors"
     weights = write_safetensors(
         weights_path,
@@ -98,10 +101,11 @@ def write_state(session: TrainingSession, folder: Path) -> StateFiles:
         "step": session.step,
         "num_gathered": session.num_gathered,
         "recipe": asdict(session.recipe),
+        "ledger": ledger_document(ledger),
     }
     moments = write_safetensors(
         optimizer_path,
-        {name: tensor.numpy() for name, tensor in tensors.items()},
+        {name: tensor.numpy() for name, tensor in tensors.items()} | ledger_tensors(ledger),
         {METADATA_KEY: json.dumps(document, sort_keys=True, separators=(",", ":"))},
     )
     return StateFiles(
@@ -137,6 +141,16 @@ class StateReader:
             return AdapterRecipe(**values | {"target_modules": tuple(values["target_modules"])})
         except (KeyError, TypeError, InvalidArgument) as error:
             raise _corrupt(self._saved.optimizer_key, f"its recipe is unreadable ({error})") from error
+
+    def ledger(self) -> LedgerContents:
+        """The steps that were saved; without its optimizer object, and in a state of before they were, none.
+
+        Raises :class:`BlobCorrupt` if they are unreadable.
+        """
+        if self._optimizer_path is None:
+            return LedgerContents()
+        file = _open(self._optimizer_path, self._saved.optimizer_key)
+        return self._ledger(self._document(file), file)
 
     def restore(self, session: TrainingSession) -> None:
         """Make ``session`` what was saved.
@@ -177,6 +191,7 @@ class StateReader:
         gathered = [name for name in shapes if f"gradient/{name}" in file.header.tensors]
         gradients = _tensors(file, "gradient/", {name: shapes[name] for name in gathered}, key)
         rng_state = _tensor(file, "rng_state", tuple(session.rng_state.shape), torch.uint8, key)
+        self._ledger(document, file)  # also where nobody takes it: a damaged state is not trusted in parts
         self._install_weights(session, weights)
         session.optimizer = optimizer
         session.gradients = gradients
@@ -215,6 +230,14 @@ class StateReader:
         if wrong:
             raise _corrupt(key, f"its metadata {METADATA_KEY!r} has no good {', '.join(wrong)}")
         return document
+
+    def _ledger(self, document: Mapping[str, Any], file: TensorFile) -> LedgerContents:
+        if "ledger" not in document:
+            return LedgerContents()
+        try:
+            return read_ledger(document["ledger"], file)
+        except ValueError as error:
+            raise _corrupt(self._saved.optimizer_key, str(error)) from error
 
 
 def _config_of(session: TrainingSession) -> AdapterConfig:

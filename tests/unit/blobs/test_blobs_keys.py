@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mint_blobs.keys import blob_key, blob_prefix, check_key, state_keys
+from mint_blobs.keys import blob_key, blob_prefix, check_key, rollout_key, state_keys
 from mint_core.errors import InvalidArgument
 from mint_core.names import PolicyName
 
@@ -18,7 +18,9 @@ def test_layout() -> None:
     assert keys.weights == "tenants/acme/states/support/run-7/00000040-123/weights.safetensors"
     assert keys.optimizer == "tenants/acme/states/support/run-7/00000040-123/optimizer.safetensors"
     assert keys.state == "tenants/acme/states/support/run-7/00000040-123/state.json"
-    for key in (keys.weights, keys.optimizer, keys.state, blob_key("acme", DIGEST, "s-1")):
+    rollout = rollout_key(PolicyName("acme", "support"), "run-7", 40, 123)
+    assert rollout == "tenants/acme/rollouts/support/run-7/00000040-123"
+    for key in (rollout, keys.weights, keys.optimizer, keys.state, blob_key("acme", DIGEST, "s-1")):
         assert check_key(key) == key
 
 
@@ -30,6 +32,8 @@ def test_no_name_leaves_its_tenant(tenant: str) -> None:
         blob_key("acme", DIGEST, tenant)
     with pytest.raises(InvalidArgument, match="run"):
         state_keys(PolicyName("acme", "p"), tenant, 1, 1)
+    with pytest.raises(InvalidArgument, match="run"):
+        rollout_key(PolicyName("acme", "p"), tenant, 1, 1)
 
 
 @pytest.mark.parametrize("digest", ["", "ab" * 32, "sha256:" + "AB" * 32, "sha256:" + "ab" * 31, "md5:" + "ab" * 32])
@@ -41,6 +45,8 @@ def test_only_digests_are_digests(digest: str) -> None:
 def test_negative_step() -> None:
     with pytest.raises(InvalidArgument, match="-1"):
         state_keys(PolicyName("acme", "p"), "r", -1, 1)
+    with pytest.raises(InvalidArgument, match="-2"):
+        rollout_key(PolicyName("acme", "p"), "r", 1, -2)
 
 
 @given(st.text(max_size=40))

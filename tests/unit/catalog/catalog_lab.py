@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from datetime import UTC, datetime
+from typing import Any
 
 from unit.catalog.memory_store import MemoryStore
 
@@ -16,18 +18,29 @@ from mint_catalog.keys import Keys
 from mint_catalog.leases import Leases
 from mint_catalog.policies import Policies
 from mint_catalog.queue import Claim, RunQueue
-from mint_catalog.records import Alias, BaseModel, BlobRef, Fence, Lineage, LoraConfig, Policy, Revision
+from mint_catalog.records import Alias, BaseModel, BlobRef, Fence, Lineage, LoraConfig, Policy, Revision, Rollout
 from mint_catalog.registry import Registry
 from mint_catalog.requests import Request
 from mint_catalog.resolve import Resolver
 from mint_catalog.revisions import Revisions
-from mint_catalog.run_records import Run, SftRecipe
+from mint_catalog.rollouts import Rollouts
+from mint_catalog.run_records import EvaluationRecipe, Run, SftRecipe
 from mint_catalog.runs import Runs
 from mint_catalog.signals import Signal
+from mint_catalog.store import Store
 from mint_catalog.tables import Tables
-from mint_core.names import AliasName, BaseModelName, BlobName, PolicyName, RevisionName, RunName, TenantName
+from mint_core.names import (
+    AliasName,
+    BaseModelName,
+    BlobName,
+    PolicyName,
+    RevisionName,
+    RolloutName,
+    RunName,
+    TenantName,
+)
 
-__all__ = ["BASE", "BASE_DIGEST", "POLICY", "TENANT", "Lab", "digest_of"]
+__all__ = ["BASE", "BASE_DIGEST", "POLICY", "TENANT", "Lab", "digest_of", "rollout"]
 
 TENANT = TenantName("acme")
 POLICY = PolicyName("acme", "tone")
@@ -39,10 +52,29 @@ def digest_of(text: str) -> str:
     return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 
 
+def rollout(rollout_id: str = "r1-1", **changes: object) -> Rollout:
+    """The rollout of step 1 of the run r1, sampled from the policy's first revision."""
+    fields: dict[str, object] = {
+        "revision": f"{POLICY}/revisions/1",
+        "run": "tenants/acme/runs/r1",
+        "step": 1,
+        "object_key": f"tenants/acme/rollouts/tone/r1/{rollout_id}.safetensors",
+        "blob": BlobRef(digest_of(rollout_id), 1000),
+        "num_samples": 8,
+        "num_unscored": 1,
+        "num_tokens": 100,
+        "reward_mean": 0.5,
+        "expire_time": datetime(2026, 1, 2, tzinfo=UTC),
+    }
+    return Rollout(RolloutName("acme", "tone", rollout_id), **(fields | changes))  # type: ignore[arg-type]
+
+
 class Lab:
-    def __init__(self, *, max_attempts: int = 3) -> None:
-        self.store = MemoryStore()
-        self.keys = Keys()
+    """The domain over a store: the in-memory one unless another is given."""
+
+    def __init__(self, store: Store | None = None, *, prefix: str = "/mint/v1/", max_attempts: int = 3) -> None:
+        self.store: Any = MemoryStore() if store is None else store
+        self.keys = Keys(prefix)
         self.codecs = MessageCodecs.over(self.keys)
         self.tables = Tables(self.keys, self.codecs.for_store())
         self.signal = Signal()
@@ -57,6 +89,7 @@ class Lab:
         self.queue = RunQueue(self.store, self.tables, self.signal, max_attempts=max_attempts)
         self.registry = Registry(self.store, self.tables)
         self.evaluations = Evaluations(self.store, self.tables)
+        self.rollouts = Rollouts(self.store, self.tables)
 
     async def base_model(self) -> None:
         await self.base_models.register(BaseModel(BASE, digest=BASE_DIGEST, size_bytes=10))
@@ -106,10 +139,20 @@ class Lab:
         wanted = Run(RunName("acme", "ignored"), **(fields | changes))  # type: ignore[arg-type]
         return await self.runs.create(TENANT, run_id, wanted)
 
+    async def evaluation(self, run_id: str = "e1", **changes: object) -> Written[Run]:
+        """Queue an evaluation of the policy's first revision."""
+        recipe = EvaluationRecipe(f"{POLICY}/revisions/1", await self.blob("{}"), "exact_match")
+        return await self.run(run_id, sft=None, evaluation=recipe, **changes)
+
+    async def fence(self, holder: str = "worker-1", ttl_s: int = 30) -> Fence:
+        """The fence of the policy's lease."""
+        held = await self.leases.acquire(POLICY, holder, ttl_s)
+        return Fence(str(POLICY), held.token)
+
     async def claim(self, holder: str = "worker-1", ttl_s: int = 30) -> Claim | None:
         return await self.queue.claim(BASE, holder, ttl_s, wait_s=0)
 
     async def claimed(self, holder: str = "worker-1") -> tuple[Claim, Fence]:
         claim = await self.claim(holder)
         assert claim is not None
-        return claim, Fence(str(claim.policy), claim.holder.token)
+        return claim, Fence(str(claim.resource), claim.holder.token)

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import pytest
 
-from mint_api.v1 import policy_service_pb2, run_service_pb2
+from mint_api.v1 import common_pb2, policy_service_pb2, rollout_service_pb2, run_service_pb2
 from mint_catalog.codec import enum_of, to_message
 from mint_catalog.codecs import MessageCodecs
 from mint_catalog.keys import Keys
@@ -30,11 +32,26 @@ from mint_catalog.records import (
     Resolution,
     Revision,
     RevisionState,
+    Rollout,
     TrainingState,
 )
-from mint_catalog.run_records import EvaluationRecipe, OptimizerConfig, Run, RunEvent, RunProgress, RunState, SftRecipe
+from mint_catalog.run_records import (
+    EvaluationRecipe,
+    GroupAdvantage,
+    GrpoRecipe,
+    LossFunction,
+    OptimizerConfig,
+    Run,
+    RunEvent,
+    RunProgress,
+    RunState,
+    RunStep,
+    SftRecipe,
+    TokenWeighting,
+)
 from mint_catalog.store import KeyValue
 from mint_catalog.tables import Ref, Tables
+from mint_core.errors import InvalidArgument
 from mint_core.names import (
     AliasName,
     BaseModelName,
@@ -43,6 +60,7 @@ from mint_core.names import (
     EvaluationName,
     PolicyName,
     RevisionName,
+    RolloutName,
     RunName,
 )
 
@@ -148,6 +166,27 @@ FULL = {
             7,
         ),
     ),
+    "rollout": (
+        TABLES.rollout(RolloutName("acme", "tone", "r1-3"), "uid"),
+        Rollout(
+            RolloutName("acme", "tone", "r1-3"),
+            "r",
+            DIGEST,
+            "run",
+            3,
+            "key",
+            BLOB,
+            Numerics(DIGEST, "float32", "", "sglang 0.5.23"),
+            8,
+            -0.5,
+            TIME,
+            TIME,
+            900,
+            1,
+            7,
+        ),
+    ),
+    "run_step": (TABLES.run_step(RunName("acme", "r"), 3), RunStep(3, TIME, 0.5, {"reward_mean": 1.0}, 7)),
     "run": (
         TABLES.run(RunName("acme", "r")),
         Run(
@@ -184,7 +223,65 @@ def test_a_full_record_survives_the_store(kind: str) -> None:
     assert ref.codec.decode(KeyValue(ref.key, ref.codec.encode(record), 3, 7)) == record
 
 
-@pytest.mark.parametrize("kind", sorted(set(FULL) - {"published"}))
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        GrpoRecipe(
+            BLOB,
+            "exact",
+            10,
+            4,
+            8,
+            64,
+            0.5,
+            OptimizerConfig(1e-4),
+            0.1,
+            0.01,
+            2**64 - 1,
+            {"field": "answer"},
+            2.5,
+            GroupAdvantage.CENTERED,
+            TokenWeighting.FIXED_LENGTH,
+            LossFunction.DRO,
+            0.3,
+            True,
+            1,
+            5,
+            ("END", "\n"),
+            3600,
+        ),
+        EvaluationRecipe("r", BLOB, "exact", 64, {"field": "answer"}, 2.5, 0.5, 2**64 - 1, ("END",)),
+    ],
+)
+def test_a_full_recipe_survives_store_and_wire_and_is_the_whole_message(recipe: GrpoRecipe | EvaluationRecipe) -> None:
+    kind = "grpo" if isinstance(recipe, GrpoRecipe) else "evaluation"
+    record = replace(FULL["run"][1], sft=None, **{kind: recipe})  # type: ignore[type-var]
+    ref = TABLES.run(RunName("acme", "r"))
+    assert ref.codec.decode(KeyValue(ref.key, ref.codec.encode(record), 3, 7)) == record
+    message = getattr(CODECS.run.to_message(record), kind)
+    assert {field.name for field, _ in message.ListFields()} == set(message.DESCRIPTOR.fields_by_name)
+
+
+def test_enums_have_the_numbers_of_the_contract() -> None:
+    for ours, theirs in (
+        (GroupAdvantage, run_service_pb2.GroupAdvantage),
+        (TokenWeighting, run_service_pb2.TokenWeighting),
+        (LossFunction, common_pb2.LossFunction),
+        (RunState, run_service_pb2.RunState),
+    ):
+        prefix = re.sub(r"(?<!^)(?=[A-Z])", "_", theirs.DESCRIPTOR.name).upper()
+        assert {f"{prefix}_{each.name}": each.value for each in ours} == dict(theirs.items())
+
+
+def test_a_time_that_is_none_is_refused() -> None:
+    message = rollout_service_pb2.Rollout()
+    message.expire_time.seconds = 10**15
+    with pytest.raises(InvalidArgument, match="expire_time is 1000000000000000 s") as caught:
+        CODECS.rollout.from_message(message, name=RolloutName("acme", "tone", "r"))
+    assert caught.value.field == "expire_time"
+
+
+@pytest.mark.parametrize("kind", sorted(set(FULL) - {"published", "run_step"}))
 def test_a_full_record_survives_the_wire(kind: str) -> None:
     _, record = FULL[kind]
     codec = getattr(CODECS, kind)
@@ -229,7 +326,7 @@ def test_a_lease_is_read_with_its_fence() -> None:
 
 
 def test_every_stored_field_has_a_record_field() -> None:
-    for kind in sorted(set(FULL) - {"published"}):
+    for kind in sorted(set(FULL) - {"published", "run_step"}):
         _, record = FULL[kind]
         codec = getattr(CODECS, kind)
         of_message = set(type(codec.to_message(record)).DESCRIPTOR.fields_by_name) - {"name", "etag"}

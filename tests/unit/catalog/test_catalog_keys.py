@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from mint_catalog.keys import Keys, shard_of
 from mint_catalog.store import prefix_end
-from mint_core.names import AliasName, BaseModelName, BlobName, PolicyName, RevisionName, RunName
+from mint_core.names import AliasName, BaseModelName, BlobName, PolicyName, RevisionName, RolloutName, RunName
 
 KEYS = Keys()
 POLICY = PolicyName("acme", "tone")
@@ -15,6 +15,8 @@ def test_names_survive_their_keys() -> None:
     assert KEYS.policy_name(KEYS.policy(POLICY)) == POLICY
     assert KEYS.lease_resource(KEYS.lease(POLICY)) == POLICY
     assert KEYS.lease_resource(KEYS.lease(run)) == run
+    rollout = RolloutName("acme", "tone", "r1-7")
+    assert KEYS.rollout_name(KEYS.rollout(rollout, "uid")) == rollout
     queued = KEYS.queued(BaseModelName("tiny"), run, priority=0, create_time_us=1)
     assert [KEYS.run_name(key) for key in (KEYS.run(run), KEYS.claim(run), queued)] == [run] * 3
 
@@ -32,6 +34,14 @@ def test_revisions_lie_in_the_order_of_their_numbers() -> None:
     numbers = [1, 2, 9, 10, 99, 100, 123456]
     keys = [KEYS.revision(RevisionName("acme", "tone", number)) for number in numbers]
     assert keys == sorted(keys)
+
+
+def test_steps_of_a_run_lie_in_order_below_its_prefix() -> None:
+    run, twin = RunName("acme", "r1"), RunName("acme", "r1-2")
+    keys = [KEYS.run_step(run, step) for step in (1, 2, 9, 10, 100, 10_000_000)]
+    assert keys == sorted(keys)
+    assert all(key.startswith(KEYS.run_steps(run)) for key in keys)
+    assert not KEYS.run_step(twin, 1).startswith(KEYS.run_steps(run))
 
 
 def test_the_queue_lies_in_the_order_of_priority_then_age() -> None:

@@ -10,10 +10,6 @@ from unit.catalog.catalog_lab import BASE, POLICY, TENANT, Lab, digest_of
 from mint_catalog.queue import Outcome
 from mint_catalog.records import BlobRef, Fence, PolicyState, TrainingState
 from mint_catalog.run_records import (
-    DpoRecipe,
-    EvaluationRecipe,
-    GrpoRecipe,
-    OptimizerConfig,
     Run,
     RunEvent,
     RunProgress,
@@ -351,67 +347,6 @@ async def test_a_fence_belongs_to_its_policy() -> None:
         await lab.queue.finish(R1, other, Outcome(RunState.SUCCEEDED, published_revision=f"{POLICY}/revisions/1"))
     with pytest.raises(NotFound):
         await lab.queue.report(RunName("acme", "none"), other, RunProgress(1), ())
-
-
-GRPO = GrpoRecipe(DATA, "exact", 5, 4, 8, 64, 1.0)
-
-
-@pytest.mark.parametrize(
-    ("changes", "field"),
-    [
-        ({"sft": None}, "run.recipe"),
-        ({"dpo": DpoRecipe(DATA, 1)}, "run.recipe"),
-        ({"sft": SftRecipe(DATA, num_steps=0)}, "run.sft.num_steps"),
-        ({"sft": SftRecipe(DATA, num_steps=-1)}, "run.sft.num_steps"),
-        ({"sft": SftRecipe(DATA, num_steps=1, batch_size=-1)}, "run.sft.batch_size"),
-        ({"sft": SftRecipe(None, num_steps=1)}, "run.sft.train_data"),
-        ({"sft": SftRecipe(BlobRef("x"), num_steps=1)}, "run.sft.train_data.digest"),
-        (
-            {"sft": SftRecipe(DATA, num_steps=1, optimizer=OptimizerConfig(learning_rate=-1.0))},
-            "run.sft.optimizer.learning_rate",
-        ),
-        (
-            {"sft": SftRecipe(DATA, num_steps=1, optimizer=OptimizerConfig(learning_rate=float("inf")))},
-            "run.sft.optimizer.learning_rate",
-        ),
-        ({"sft": SftRecipe(DATA, num_steps=1, optimizer=OptimizerConfig(beta1=1.0))}, "run.sft.optimizer.beta1"),
-        ({"sft": None, "grpo": GrpoRecipe(DATA, "exact", 5, 4, 1, 64)}, "run.grpo.group_size"),
-        ({"sft": None, "grpo": GrpoRecipe(DATA, "", 5, 4, 8, 64)}, "run.grpo.scorer"),
-        ({"sft": None, "dpo": DpoRecipe(DATA, 5, beta=-1)}, "run.dpo.beta"),
-        ({"sft": None, "evaluation": EvaluationRecipe("x", DATA, "exact")}, "run.evaluation.revision"),
-        (
-            {"sft": None, "evaluation": EvaluationRecipe(f"{OTHER}/revisions/1", DATA, "exact")},
-            "run.evaluation.revision",
-        ),
-        ({"promote_alias": "live"}, "run.promote_alias"),
-        ({"promote_alias": "Not An Id", "publish": True}, "run.promote_alias"),
-        ({"priority": 2**31 - 1}, "run.priority"),
-        ({"policy": "tenants/other/policies/tone"}, "run.policy"),
-        ({"policy": "tone"}, "run.policy"),
-    ],
-)
-async def test_a_bad_run_is_refused(changes: dict[str, object], field: str) -> None:
-    lab = await _lab()
-    with pytest.raises(InvalidArgument) as caught:
-        await lab.run(**changes)  # type: ignore[arg-type]
-    assert caught.value.field == field
-    assert await _names(lab, "queue") == []
-
-
-async def test_the_other_recipes_are_taken() -> None:
-    lab = await _lab()
-    await lab.publish("one")
-    for number, recipe in enumerate(
-        [
-            {"grpo": GRPO},
-            {"dpo": DpoRecipe(DATA, 1)},
-            {"evaluation": EvaluationRecipe(f"{POLICY}/revisions/1", DATA, "exact")},
-        ]
-    ):
-        run = (await lab.run(f"r{number}", sft=None, **recipe)).record
-        assert run.recipe is not None
-    with pytest.raises(NotFound):
-        await lab.run("r9", sft=None, evaluation=EvaluationRecipe(f"{POLICY}/revisions/2", DATA, "exact"))
 
 
 async def test_a_run_needs_its_data_policy_and_name() -> None:

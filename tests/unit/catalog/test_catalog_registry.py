@@ -3,18 +3,17 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from unit.catalog.catalog_lab import BASE, BASE_DIGEST, POLICY, Lab, digest_of
+from unit.catalog.catalog_lab import BASE, BASE_DIGEST, Lab
 
-from mint_catalog.records import EngineReplica, EngineReplicaState, Evaluation, Fence, Numerics
+from mint_catalog.records import EngineReplica, EngineReplicaState, Numerics
 from mint_core.errors import (
-    AlreadyExists,
     BaseModelMismatch,
     InvalidArgument,
     LeaseHeld,
     LeaseLost,
     NotFound,
 )
-from mint_core.names import BaseModelName, EngineReplicaName, EvaluationName
+from mint_core.names import BaseModelName, EngineReplicaName
 
 E1 = EngineReplicaName("e1")
 REPLICA = EngineReplica(
@@ -90,72 +89,3 @@ async def test_replicas_are_listed_by_base() -> None:
     await lab.registry.register(REPLICA, "process-1", 10)
     assert len((await lab.registry.list(BASE))[0]) == 1
     assert (await lab.registry.list(BaseModelName("other")))[0] == []
-
-
-def _evaluation(evaluation: str = "e1", **changes: object) -> Evaluation:
-    fields: dict[str, object] = {"revision": f"{POLICY}/revisions/1", "scorer": "exact", "metrics": {"score": 0.5}}
-    return Evaluation(EvaluationName("acme", "tone", evaluation), **(fields | changes))  # type: ignore[arg-type]
-
-
-async def test_an_evaluation_takes_its_revisions_digest() -> None:
-    lab = Lab()
-    await lab.policy()
-    await lab.publish("one")
-    head = await lab.policies.get(POLICY)
-    written = await lab.evaluations.create(_evaluation(), None)
-    assert written.record.revision_digest == digest_of("one")
-    assert await lab.evaluations.get(written.record.name) == written.record
-    assert (await lab.policies.get(POLICY)) == head, "an evaluation leaves the head alone"
-    with pytest.raises(AlreadyExists):
-        await lab.evaluations.create(_evaluation(), None)
-    await lab.evaluations.create(_evaluation("e2", revision=""), None)
-    page = await lab.evaluations.list(POLICY, page_size=1, page_token="")
-    rest = await lab.evaluations.list(POLICY, page_size=1, page_token=page.next_page_token)
-    assert [each.name.evaluation for each in (*page.records, *rest.records)] == ["e1", "e2"]
-
-
-@pytest.mark.parametrize(
-    ("changes", "error"),
-    [
-        ({"metrics": {"score": float("nan")}}, InvalidArgument),
-        ({"metrics": {"score": float("inf")}}, InvalidArgument),
-        ({"metrics": {"Bad Key": 1.0}}, InvalidArgument),
-        ({"revision": "tenants/acme/policies/other/revisions/1"}, InvalidArgument),
-        ({"revision": f"{POLICY}/revisions/2"}, NotFound),
-        ({"revision_digest": digest_of("two")}, InvalidArgument),
-        ({"num_examples": -1}, InvalidArgument),
-        ({"run": "r"}, InvalidArgument),
-    ],
-)
-async def test_a_bad_evaluation_is_refused(changes: dict[str, object], error: type[Exception]) -> None:
-    lab = Lab()
-    await lab.policy()
-    await lab.publish("one")
-    with pytest.raises(error):
-        await lab.evaluations.create(_evaluation(**changes), None)
-
-
-async def test_an_evaluation_under_a_fence() -> None:
-    lab = Lab()
-    await lab.policy()
-    await lab.publish("one")
-    held = await lab.leases.acquire(POLICY, "worker-1", 10)
-    fence = Fence(str(POLICY), held.token)
-    await lab.evaluations.create(_evaluation("e1"), fence)
-    await lab.store.pass_time(11)
-    with pytest.raises(LeaseLost):
-        await lab.evaluations.create(_evaluation("e2"), fence)
-
-
-async def test_evaluations_do_not_outlive_their_policy() -> None:
-    lab = Lab()
-    await lab.policy()
-    await lab.publish("one")
-    name = (await lab.evaluations.create(_evaluation(), None)).record.name
-    await lab.policies.delete(POLICY)
-    with pytest.raises(NotFound):
-        await lab.evaluations.get(name)
-    await lab.policy()
-    with pytest.raises(NotFound):
-        await lab.evaluations.get(name)
-    assert (await lab.evaluations.list(POLICY, page_size=0, page_token="")).records == []

@@ -1,5 +1,5 @@
-"""Publish, promote, roll back, retire, delete and lease in random orders, with lost answers and late repeats,
-against a model of a dozen lines."""
+"""Publish, promote, roll back, retire, delete, lease and record rollouts in random orders, with lost answers and late
+repeats, against a model of a dozen lines."""
 
 from __future__ import annotations
 
@@ -12,15 +12,25 @@ from typing import Any
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
-from unit.catalog.catalog_lab import POLICY, Lab, digest_of
+from unit.catalog.catalog_lab import POLICY, Lab, digest_of, rollout
 
 from mint_catalog.records import Fence, RevisionState
 from mint_catalog.requests import Request
-from mint_core.errors import EtagMismatch, LeaseHeld, LeaseLost, MintError, NotFound, Unavailable, WrongState
-from mint_core.names import RevisionName, TenantName
+from mint_core.errors import (
+    AlreadyExists,
+    EtagMismatch,
+    LeaseHeld,
+    LeaseLost,
+    MintError,
+    NotFound,
+    Unavailable,
+    WrongState,
+)
+from mint_core.names import RevisionName, RolloutName, TenantName
 
 HOLDERS = st.sampled_from(["worker-1", "worker-2"])
 ALIASES = st.sampled_from(["live", "canary"])
+ROLLOUTS = st.sampled_from(["r1-1", "r1-2", "r1-3"])
 FAULTS = st.sampled_from(["", "", "", "before", "after"])
 
 
@@ -33,6 +43,7 @@ class _Model:
     next_number: int = 1
     retired: set[int] = field(default_factory=set)
     aliases: dict[str, list[int]] = field(default_factory=dict)
+    rollouts: dict[str, int] = field(default_factory=dict)
     fence: int = 0
     holder: str = ""
 
@@ -105,6 +116,50 @@ class CatalogMachine(RuleBasedStateMachine):
             assert self.lab.store.revision <= before + 2
         else:
             raise AssertionError("a stale fence published")
+
+    def _repeated(self, call: Callable[[], Awaitable[Any]], fault: str) -> Any:
+        """A call that is safe to repeat, made again when its answer was lost."""
+        self.lab.store.fail_next_txn = fault
+        try:
+            return self.run_(call())
+        except Unavailable:
+            return self.run_(call())
+        finally:
+            self.lab.store.fail_next_txn = ""
+
+    def _some_fence(self, data: st.DataObject) -> Fence:
+        return Fence(str(POLICY), data.draw(st.sampled_from([self.model.fence or 1, *self.stale_fences])))
+
+    @rule(data=st.data(), rollout_id=ROLLOUTS, number=st.integers(1, 4), fault=FAULTS)
+    def record_rollout(self, data: st.DataObject, rollout_id: str, number: int, fault: str) -> None:
+        model, fence = self.model, self._some_fence(data)
+        known = model.rollouts.get(rollout_id)
+        wanted = rollout(rollout_id, revision=f"{POLICY}/revisions/{number}")
+        try:
+            written = self._repeated(lambda: self.lab.rollouts.create(wanted, fence), fault)
+        except NotFound:
+            assert not model.own(number)
+        except LeaseLost:
+            assert fence.token != model.fence
+            assert known != number
+        except AlreadyExists:
+            assert fence.token == model.fence
+            assert known not in (None, number)
+        else:
+            assert fence.token == model.fence or known == number
+            assert model.rollouts.setdefault(rollout_id, number) == number
+            assert written.record.revision_digest == model.digests[number]
+
+    @rule(data=st.data(), rollout_id=ROLLOUTS, fault=FAULTS)
+    def delete_rollout(self, data: st.DataObject, rollout_id: str, fault: str) -> None:
+        fence, name = self._some_fence(data), RolloutName("acme", "tone", rollout_id)
+        try:
+            self._repeated(lambda: self.lab.rollouts.delete(name, fence), fault)
+        except LeaseLost:
+            assert fence.token != self.model.fence
+        else:
+            assert fence.token == self.model.fence
+            self.model.rollouts.pop(rollout_id, None)
 
     @rule(alias=ALIASES, number=st.integers(1, 12), fault=FAULTS, stale_etag=st.booleans())
     def promote(self, alias: str, number: int, fault: str, stale_etag: bool) -> None:
@@ -211,6 +266,13 @@ class CatalogMachine(RuleBasedStateMachine):
             self._lost()
         self.model.first_number = self.model.next_number
         self.model.aliases.clear()
+        self.model.rollouts.clear()
+
+    @invariant()
+    def rollouts_are_what_was_recorded(self) -> None:
+        page = self.run_(self.lab.rollouts.list(POLICY, page_size=0, page_token=""))
+        found = {each.name.rollout: int(each.revision.rsplit("/", 1)[-1]) for each in page.records}
+        assert found == self.model.rollouts
 
     @invariant()
     def a_digest_never_changes(self) -> None:

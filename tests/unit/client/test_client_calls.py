@@ -11,20 +11,26 @@ from typing import Any
 
 import pytest
 
+from mint_api.runtime.v1 import work_service_pb2, work_service_pb2_grpc
 from mint_api.v1 import (
     alias_service_pb2,
     alias_service_pb2_grpc,
     blob_service_pb2,
     blob_service_pb2_grpc,
     common_pb2,
+    evaluation_service_pb2,
+    evaluation_service_pb2_grpc,
     inference_service_pb2,
     inference_service_pb2_grpc,
     policy_service_pb2,
     policy_service_pb2_grpc,
+    rollout_service_pb2,
+    rollout_service_pb2_grpc,
     run_service_pb2,
     run_service_pb2_grpc,
 )
 from mint_client import Endpoints, MintClient, as_prompt
+from mint_client.runtime import WorkClient
 from mint_core.config import ServiceSettings
 from mint_core.errors import (
     BlobCorrupt,
@@ -44,6 +50,9 @@ class Scripted(
     policy_service_pb2_grpc.PolicyServiceServicer,
     alias_service_pb2_grpc.AliasServiceServicer,
     run_service_pb2_grpc.RunServiceServicer,
+    rollout_service_pb2_grpc.RolloutServiceServicer,
+    evaluation_service_pb2_grpc.EvaluationServiceServicer,
+    work_service_pb2_grpc.WorkServiceServicer,
     blob_service_pb2_grpc.BlobServiceServicer,
     inference_service_pb2_grpc.InferenceServiceServicer,
 ):
@@ -87,6 +96,51 @@ class Scripted(
                 raise item
             yield run_service_pb2.WatchRunResponse(run=run_service_pb2.Run(name=request.name, state=item))
 
+    async def ListRunSteps(self, request: Any, context: Any) -> Any:
+        self._take(request)
+        first = int(request.page_token or 1)
+        steps = [run_service_pb2.RunStep(step=first), run_service_pb2.RunStep(step=first + 1)]
+        return run_service_pb2.ListRunStepsResponse(steps=steps, next_page_token=str(first + 2) if first < 5 else "")
+
+    async def CreateRollout(self, request: Any, context: Any) -> Any:
+        self._take(request)
+        rollout = rollout_service_pb2.Rollout(name=f"{request.parent}/rollouts/{request.rollout_id}")
+        return rollout_service_pb2.CreateRolloutResponse(rollout=rollout)
+
+    async def GetRollout(self, request: Any, context: Any) -> Any:
+        self._take(request)
+        return rollout_service_pb2.GetRolloutResponse(rollout=rollout_service_pb2.Rollout(name=request.name))
+
+    async def ListRollouts(self, request: Any, context: Any) -> Any:
+        self._take(request)
+        rollout = rollout_service_pb2.Rollout(name=f"{request.parent}/rollouts/{request.page_token or 'a'}")
+        return rollout_service_pb2.ListRolloutsResponse(
+            rollouts=[rollout], next_page_token="" if request.page_token else "b"
+        )
+
+    async def DeleteRollout(self, request: Any, context: Any) -> Any:
+        self._take(request)
+        return rollout_service_pb2.DeleteRolloutResponse()
+
+    async def CreateEvaluation(self, request: Any, context: Any) -> Any:
+        self._take(request)
+        evaluation = evaluation_service_pb2.Evaluation(name=f"{request.parent}/evaluations/{request.evaluation_id}")
+        return evaluation_service_pb2.CreateEvaluationResponse(evaluation=evaluation)
+
+    async def GetEvaluation(self, request: Any, context: Any) -> Any:
+        self._take(request)
+        evaluation = evaluation_service_pb2.Evaluation(name=request.name)
+        return evaluation_service_pb2.GetEvaluationResponse(evaluation=evaluation)
+
+    async def ListEvaluations(self, request: Any, context: Any) -> Any:
+        self._take(request)
+        evaluation = evaluation_service_pb2.Evaluation(name=f"{request.parent}/evaluations/e")
+        return evaluation_service_pb2.ListEvaluationsResponse(evaluations=[evaluation])
+
+    async def ReportRun(self, request: Any, context: Any) -> Any:
+        self._take(request)
+        return work_service_pb2.ReportRunResponse(cancel_requested=True)
+
     async def GetUpload(self, request: Any, context: Any) -> Any:
         self._take(request)
         return blob_service_pb2.GetUploadResponse(
@@ -124,13 +178,16 @@ class Scripted(
 async def scripted() -> AsyncIterator[tuple[Scripted, MintClient]]:
     servicer = Scripted()
     bindings = [
-        Binding(getattr(grpc_module, f"add_{name}Servicer_to_server"), servicer, f"mint.v1.{name}")
-        for grpc_module, name in [
-            (policy_service_pb2_grpc, "PolicyService"),
-            (alias_service_pb2_grpc, "AliasService"),
-            (run_service_pb2_grpc, "RunService"),
-            (blob_service_pb2_grpc, "BlobService"),
-            (inference_service_pb2_grpc, "InferenceService"),
+        Binding(getattr(grpc_module, f"add_{name}Servicer_to_server"), servicer, f"mint.{version}.{name}")
+        for grpc_module, version, name in [
+            (policy_service_pb2_grpc, "v1", "PolicyService"),
+            (alias_service_pb2_grpc, "v1", "AliasService"),
+            (run_service_pb2_grpc, "v1", "RunService"),
+            (rollout_service_pb2_grpc, "v1", "RolloutService"),
+            (evaluation_service_pb2_grpc, "v1", "EvaluationService"),
+            (work_service_pb2_grpc, "runtime.v1", "WorkService"),
+            (blob_service_pb2_grpc, "v1", "BlobService"),
+            (inference_service_pb2_grpc, "v1", "InferenceService"),
         ]
     ]
 
@@ -184,6 +241,45 @@ async def test_waiting_for_residency_extends_the_deadline(scripted: Any) -> None
 async def test_lists_go_through_all_pages(scripted: Any) -> None:
     _, client = scripted
     assert [policy.name async for policy in client.policies.list("acme")] == [f"p{i}" for i in range(6)]
+
+
+async def test_rollouts(scripted: Any) -> None:
+    servicer, client = scripted
+    policy, fence = "tenants/acme/policies/tone", common_pb2.Fence(resource="tenants/acme/policies/tone", token=3)
+    rollout = rollout_service_pb2.Rollout(run=RUN, step=4)
+    created = await client.rollouts.create(policy, "r1-4", rollout, fence)
+    assert created.name == f"{policy}/rollouts/r1-4"
+    assert (servicer.requests[0].rollout, servicer.requests[0].fence) == (rollout, fence)
+    assert (await client.rollouts.get(created.name)).name == created.name
+    names = [each.name async for each in client.rollouts.list(policy, run=RUN, page_size=1)]
+    assert names == [f"{policy}/rollouts/a", f"{policy}/rollouts/b"]
+    assert {(request.run, request.page_size) for request in servicer.requests[2:]} == {(RUN, 1)}
+    await client.rollouts.delete(created.name, fence)
+    assert (servicer.requests[-1].name, servicer.requests[-1].fence) == (created.name, fence)
+
+
+async def test_evaluations(scripted: Any) -> None:
+    servicer, client = scripted
+    policy, fence = "tenants/acme/policies/tone", common_pb2.Fence(resource=RUN, token=3)
+    evaluation = evaluation_service_pb2.Evaluation(run=RUN, metrics={"score_mean": 0.5})
+    created = await client.evaluations.create(policy, "r1", evaluation, fence=fence)
+    assert created.name == f"{policy}/evaluations/r1"
+    assert (servicer.requests[0].evaluation, servicer.requests[0].fence) == (evaluation, fence)
+    await client.evaluations.create(policy, "by-hand", evaluation)
+    assert not servicer.requests[1].HasField("fence")
+    assert (await client.evaluations.get(created.name)).name == created.name
+    assert [each.name async for each in client.evaluations.list(policy)] == [f"{policy}/evaluations/e"]
+
+
+async def test_steps_of_a_run_are_reported_and_listed(scripted: Any) -> None:
+    servicer, client = scripted
+    assert [each.step async for each in client.runs.steps(RUN)] == [1, 2, 3, 4, 5, 6]
+    steps = [run_service_pb2.RunStep(step=step, loss=0.5) for step in (1, 2)]
+    fence = common_pb2.Fence(resource="tenants/acme/policies/tone", token=3)
+    async with WorkClient(client.endpoints.catalog) as work:
+        assert await work.report_run(RUN, fence, steps=steps)
+    assert list(servicer.requests[-1].steps) == steps
+    assert not servicer.requests[-1].HasField("progress")
 
 
 async def test_an_address_that_was_not_given_is_named() -> None:

@@ -1,13 +1,9 @@
 import inspect
-import os
-import signal
-import subprocess
-import sys
 
 import pytest
 
 from mint_api.v1 import error_reason_pb2
-from mint_core import errors, failpoints, status
+from mint_core import errors, status
 
 
 def test_all_names_every_public_class() -> None:
@@ -30,27 +26,3 @@ def test_every_error_survives_the_wire(name: str) -> None:
     back = status.error_from_status(status.to_status(error))
     assert type(back) is cls
     assert (back.message, back.metadata, back.retry_after_s) == (error.message, error.metadata, 0.25)
-
-
-def test_failpoints_act_only_when_armed() -> None:
-    point = failpoints.declare("unit.example", "an example")
-    point()
-    failpoints.arm_from_environment({"MINT_FAILPOINTS": "unit.example=error@2"})
-    point()
-    with pytest.raises(errors.Unavailable, match=r"unit\.example"):
-        point()
-    point()
-    failpoints.arm_from_environment({})
-    with pytest.raises(ValueError, match="twice"):
-        failpoints.declare("unit.example", "again")
-    with pytest.raises(ValueError, match="expected NAME"):
-        failpoints.arm_from_environment({"MINT_FAILPOINTS": "unit.example=explode"})
-    failpoints.arm_from_environment({})
-
-
-def test_a_failpoint_kills_its_process() -> None:
-    code = "from mint_core import failpoints; failpoints.declare('unit.kill', 'x')(); print('alive')"
-    environ = os.environ | {"MINT_FAILPOINTS": "unit.kill=kill"}
-    died = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, check=False, timeout=60)
-    assert died.returncode == -signal.SIGKILL
-    assert died.stdout == b""

@@ -1,11 +1,12 @@
 """The demo's own pieces: its statistics and its data."""
 
-import json
 from pathlib import Path
 
 import pytest
 
 from demo import make_data
+from demo.life import read_examples
+from demo.loop import PHASES, LoopFigures
 from demo.statistics import exact_match, paired_bootstrap
 
 
@@ -31,11 +32,19 @@ def test_exact_match_forgives_white_space_only() -> None:
 def test_held_out_prompts_are_disjoint_and_enough(name: str) -> None:
     parts = {}
     for part in ("train", "heldout"):
-        lines = (make_data.DATA / f"{name}_{part}.jsonl").read_text().splitlines()
-        parts[part] = {json.loads(line)["prompt"] for line in lines}
-        assert len(parts[part]) == len(lines)
+        prompts, references = read_examples(make_data.DATA / f"{name}_{part}.jsonl")
+        parts[part] = set(prompts)
+        assert len(parts[part]) == len(prompts) == len(references)
     assert not parts["train"] & parts["heldout"]
     assert len(parts["heldout"]) >= 100
+
+
+def test_loop_figures_by_hand() -> None:
+    step = {f"{phase}_ms": 10.0 for phase in PHASES} | {"step_ms": 200.0, "behavior_kl": 0.0, "tokens_per_s": 5.0}
+    loop = LoopFigures.of([step | {"reward_mean": reward} for reward in (0.2, 0.4, 0.4, 0.5)])
+    assert loop.handoff_fraction == pytest.approx(30 / 200)
+    assert loop.handoff_and_save_fraction == pytest.approx(40 / 200)
+    assert loop.reward_gain == pytest.approx(0.3)
 
 
 def test_the_shipped_data_is_what_the_generator_makes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

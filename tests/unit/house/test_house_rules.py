@@ -25,9 +25,6 @@ UNIMPLEMENTED = {
     "mint.v1.PolicyService/ImportPolicies",
     "mint.v1.PolicyService/UndeletePolicy",
     "mint.v1.RevisionService/DeleteRevision",
-    "mint.v1.RolloutService/CreateRollout",
-    "mint.v1.RolloutService/GetRollout",
-    "mint.v1.RolloutService/ListRollouts",
     "mint.v1.ScorerService/ScoreSamples",  # served by whoever operates a scorer, called by runs
 }
 
@@ -51,6 +48,18 @@ def test_services_without_tensors_never_load_torch(service: str) -> None:
         "for module in walk_packages(room.__path__, room.__name__ + '.'): importlib.import_module(module.name)\n"
         "heavy = {'torch', 'transformers', 'peft', 'sglang'} & set(sys.modules)\n"
         "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=100)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_scorer_loads_nothing_of_mint() -> None:
+    code = (
+        "import sys, importlib, mint_scorers as room\nfrom pkgutil import iter_modules\n"
+        "for module in iter_modules(room.__path__): importlib.import_module('mint_scorers.' + module.name)\n"
+        "rest = {name for name in sys.modules if name.startswith(('mint_', 'grpc', 'pydantic', 'numpy'))}\n"
+        "rest = {name for name in rest if name.split('.')[0] != 'mint_scorers'}\n"
+        "assert not rest, rest"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=100)
     assert done.returncode == 0, done.stderr

@@ -120,15 +120,20 @@ class Sink:
 
     def __init__(self) -> None:
         self.sent: list[tuple[int, list[str]]] = []
+        self.steps: list[list[tuple[int, float]]] = []
         self.answers: list[bool | Exception] = []
 
     async def __call__(
-        self, progress: run_service_pb2.RunProgress | None, events: Sequence[run_service_pb2.RunEvent]
+        self,
+        progress: run_service_pb2.RunProgress | None,
+        events: Sequence[run_service_pb2.RunEvent],
+        steps: Sequence[run_service_pb2.RunStep],
     ) -> bool:
         answer = self.answers.pop(0) if self.answers else False
         if isinstance(answer, Exception):
             raise answer
         self.sent.append((progress.step if progress else -1, [event.kind for event in events]))
+        self.steps.append([(step.step, step.loss) for step in steps])
         return answer
 
 
@@ -158,6 +163,21 @@ async def test_a_failed_report_is_repeated_with_the_next() -> None:
     assert sink.sent == [(1, ["saved"])]
 
 
+async def test_the_figures_of_every_step_are_sent_once_and_the_newest_win() -> None:
+    sink = Sink()
+    sink.answers = [Unavailable("away")]
+    reporter = Reporter(sink, interval_s=0.0)
+    for number in range(1, 131):
+        reporter.step(run_service_pb2.RunStep(step=number, loss=1.0))
+    reporter.step(run_service_pb2.RunStep(step=130, loss=2.0))
+    for _ in range(4):
+        await reporter.flush()
+    assert [len(steps) for steps in sink.steps] == [100, 30]
+    assert [step for steps in sink.steps for step in steps] == [(number, 1.0) for number in range(1, 130)] + [
+        (130, 2.0)
+    ]
+
+
 async def test_a_cancel_is_remembered_and_a_lost_lease_is_raised() -> None:
     sink = Sink()
     sink.answers = [True, False, LeaseLost("superseded"), InvalidArgument("bad")]
@@ -174,7 +194,7 @@ async def test_a_cancel_is_remembered_and_a_lost_lease_is_raised() -> None:
 async def test_progress_is_a_copy_with_its_time() -> None:
     kept: list[run_service_pb2.RunProgress] = []
 
-    async def send(progress: Any, events: Any) -> bool:
+    async def send(progress: Any, events: Any, steps: Any) -> bool:
         kept.append(progress)
         return False
 

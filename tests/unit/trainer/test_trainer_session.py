@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM
+from unit.trainer.trainer_lab import OPTIMIZER, MakeData, NewSession, PlainPeft, assert_near, bits, outcome, train
 
 from mint_core.errors import FailedPrecondition, InvalidArgument, Unimplemented, WrongState
 from mint_trainer.adapters import ResidentAdapters
@@ -17,88 +16,12 @@ from mint_trainer.base import ResidentBase
 from mint_trainer.batch import BatchLimits, Datum
 from mint_trainer.optimizer import AdamWConfig
 from mint_trainer.recipe import AdapterRecipe
-from mint_trainer.session import StepResult, TrainingSession
+from mint_trainer.session import TrainingSession
 from support.tiny_models import make_tiny_qwen3_moe
 
-OPTIMIZER = AdamWConfig(learning_rate=3e-2, beta2=0.95, weight_decay=0.1, max_grad_norm=0.5)
 
-NewSession = Callable[[AdapterRecipe], TrainingSession]
-MakeData = Callable[..., list[Datum]]
-
-
-class PlainPeft:
-    """The same training written the usual way: whole logits, autograd, torch.optim, one datum at a time."""
-
-    def __init__(self, folder: Path, session: TrainingSession) -> None:
-        recipe = session.recipe
-        base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        config = LoraConfig(
-            r=recipe.rank,
-            lora_alpha=recipe.alpha,
-            target_modules=list(recipe.target_modules),
-            use_rslora=recipe.use_rslora,
-        )
-        self.model = get_peft_model(base, config)
-        named = {name.replace(".default", ""): p for name, p in self.model.named_parameters() if p.requires_grad}
-        assert sorted(named) == sorted(session.adapter.parameters)
-        with torch.no_grad():
-            for name, parameter in session.adapter.parameters.items():
-                named[name].copy_(parameter)
-        self.parameters = named
-        self.optimizer = torch.optim.AdamW(named.values(), lr=1.0)
-
-    def logprobs(self, datum: Datum) -> torch.Tensor:
-        logits = self.model(torch.tensor([list(datum.tokens)])).logits[0]
-        return logits.log_softmax(-1)[torch.arange(len(datum.tokens)), torch.tensor(list(datum.targets))]
-
-    def backward(self, data: list[Datum]) -> float:
-        loss = torch.stack([-(torch.tensor(d.weights) * self.logprobs(d)).sum() for d in data]).sum()
-        loss.backward()
-        return float(loss.detach())
-
-    def step(self, config: AdamWConfig, gradient_scale: float) -> float:
-        for parameter in self.parameters.values():
-            parameter.grad.mul_(gradient_scale)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), config.max_grad_norm)
-        self.optimizer.param_groups[0].update(
-            lr=config.learning_rate,
-            betas=(config.beta1, config.beta2),
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-        )
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return float(norm.detach())
-
-
-def train(session: TrainingSession, make_data: MakeData, seed: int, num_steps: int) -> list[StepResult]:
-    results = []
-    for step in range(num_steps):
-        results.append(session.forward_backward(make_data(100 * seed + step)))
-        results.append(session.optim_step(OPTIMIZER, 0.25))
-    return results
-
-
-def bits(session: TrainingSession) -> dict[str, bytes]:
-    tensors = {
-        **session.adapter.parameters,
-        **{f"m/{name}": t for name, t in session.optimizer.exp_avg.items()},
-        **{f"v/{name}": t for name, t in session.optimizer.exp_avg_sq.items()},
-        **{f"n/{name}": t for name, t in session.optimizer.num_updates.items()},
-        **{f"g/{name}": t for name, t in session.gradients.items()},
-        "rng": session.rng_state,
-    }
-    return {name: t.detach().numpy().tobytes() for name, t in tensors.items()}
-
-
-def assert_near(actual: torch.Tensor, expected: torch.Tensor, relative: float) -> None:
-    """Sums in another order differ by rounding, which is small against the whole tensor, not against each entry."""
-    difference = float((actual - expected).detach().norm())
-    assert difference <= relative * float(expected.detach().norm()), (difference, float(expected.detach().norm()))
-
-
-def outcome(result: StepResult) -> tuple[object, ...]:
-    return (result.step, result.loss_sum, result.weight_sum, result.num_tokens, result.logprobs, result.grad_norm)
+def cross_entropy(logprobs: torch.Tensor, datum: Datum) -> torch.Tensor:
+    return -(torch.tensor(datum.weights) * logprobs).sum()
 
 
 @pytest.mark.parametrize("use_rslora", [False, True])
@@ -113,8 +36,8 @@ def test_gradients_and_updates_equal_plain_peft(
         data = make_data(step) + make_data(50 + step, (30, 31, 32, 4))
         assert session.forward_backward(data[:3]).num_tokens == sum(w != 0 for d in data[:3] for w in d.weights)
         result = session.forward_backward(data[3:])  # gradients add up over calls
-        plain.backward(data[:3])
-        assert result.loss_sum == pytest.approx(plain.backward(data[3:]), rel=1e-6)
+        plain.backward(data[:3], cross_entropy)
+        assert result.loss_sum == pytest.approx(plain.backward(data[3:], cross_entropy), rel=1e-6)
         assert result.weight_sum == pytest.approx(sum(w for d in data[3:] for w in d.weights))
         for datum, values in zip(data[3:], result.logprobs, strict=True):
             torch.testing.assert_close(torch.tensor(values), plain.logprobs(datum).detach(), rtol=1e-5, atol=1e-6)
@@ -333,6 +256,7 @@ def test_step_of_zero_weights_only_is_an_empty_gradient(
         ({"advantages": [1.0]}, "data[1].advantages"),
         ({"advantages": [1.0, 2.0, 3.0]}, "data.advantages"),
         ({"behavior_logprobs": [1.0, 2.0, float("nan")]}, "data[1].behavior_logprobs[2]"),
+        ({"reference_logprobs": [-1.0, -2.0, -3.0]}, "data.reference_logprobs"),
         ({"tokens": [1] * 129, "targets": [1] * 129, "weights": [1.0] * 129}, "data[1].tokens"),
     ],
 )

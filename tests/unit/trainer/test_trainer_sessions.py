@@ -54,9 +54,9 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     event.set()
     real = TrainingSession.forward
 
-    def waits(self: TrainingSession, data: list[Datum]) -> StepResult:
+    def waits(self: TrainingSession, data: list[Datum], *, reference: bool = False) -> StepResult:
         assert event.wait(20)
-        return real(self, data)
+        return real(self, data, reference=reference)
 
     monkeypatch.setattr(TrainingSession, "forward", waits)
     return event
@@ -357,7 +357,7 @@ async def test_running_out_of_memory_is_said_and_survived(
 ) -> None:
     await create(sessions, 1, recipe)
 
-    def no_memory(self: TrainingSession, data: list[Datum]) -> StepResult:
+    def no_memory(self: TrainingSession, data: list[Datum], *, reference: bool = False) -> StepResult:
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory")
 
     with monkeypatch.context() as patch:

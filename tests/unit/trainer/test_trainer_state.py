@@ -31,6 +31,7 @@ from mint_core.names import PolicyName, SessionName
 from mint_lora import AdapterConfig, pack
 from mint_trainer.base import ResidentBase
 from mint_trainer.batch import BatchLimits, Datum
+from mint_trainer.ledger import LedgerContents
 from mint_trainer.optimizer import AdamWConfig
 from mint_trainer.recipe import AdapterRecipe
 from mint_trainer.session import TrainingSession
@@ -78,7 +79,7 @@ def train(session: TrainingSession, make_data: MakeData, first: int, last: int) 
 
 def digests(session: TrainingSession, folder: Path) -> tuple[str, str]:
     folder.mkdir()
-    files = write_state(session, folder)
+    files = write_state(session, LedgerContents(), folder)
     return files.weights.digest, files.optimizer.digest
 
 
@@ -104,11 +105,11 @@ async def test_continuing_after_restore_equals_never_having_stopped(
     assert info is not None
     assert (info.digest, info.size_bytes) == (saved.weights.digest, saved.weights.size_bytes)
     view = await sessions.create(OTHER, POLICY, payload_digest=b"p", from_state=saved)
-    assert (view.recipe, view.step, view.next_seq) == (DROPOUT, 1, 1)
+    assert (view.recipe, view.step, view.next_seq) == (DROPOUT, 1, 3)
     results = []
-    for name, seq in ((NAME, 3), (OTHER, 1)):
-        step = await sessions.forward_backward(name, seq, b"a", make_data(2), "cross_entropy", {}, return_logprobs=True)
-        done = await sessions.optim_step(name, seq + 1, b"b", OPTIMIZER, 1.0)
+    for name in (NAME, OTHER):
+        step = await sessions.forward_backward(name, 3, b"a", make_data(2), "cross_entropy", {}, return_logprobs=True)
+        done = await sessions.optim_step(name, 4, b"b", OPTIMIZER, 1.0)
         after = await sessions.save_state(name, "", name.session, 8)
         results.append((step.loss_sum, step.logprobs, done.grad_norm, done.step, after.weights, after.optimizer))
     assert results[0] == results[1]
@@ -125,7 +126,7 @@ def test_restored_in_the_middle_of_gathering_in_a_fresh_process(
     middle = make_data(77)
     uninterrupted.forward_backward(middle)
     (tmp_path / "state").mkdir()
-    files = write_state(uninterrupted, tmp_path / "state")
+    files = write_state(uninterrupted, LedgerContents(), tmp_path / "state")
     expected_losses = train(uninterrupted, make_data, 2, 4)
     expected = digests(uninterrupted, tmp_path / "expected")
     uninterrupted.close()
@@ -164,6 +165,7 @@ import torch
 from mint_trainer.adapters import ResidentAdapters
 from mint_trainer.base import ResidentBase
 from mint_trainer.batch import BatchLimits, Datum
+from mint_trainer.ledger import LedgerContents
 from mint_trainer.optimizer import AdamWConfig
 from mint_trainer.session import TrainingSession
 from mint_trainer.state import Blob, SavedState, StateReader, write_state
@@ -185,7 +187,7 @@ for halves in job["steps"]:
     session.optim_step(AdamWConfig(learning_rate=2e-2, weight_decay=0.05, max_grad_norm=1.0), 0.5)
 out = Path(job["out"])
 out.mkdir()
-files = write_state(session, out)
+files = write_state(session, LedgerContents(), out)
 print(json.dumps({"losses": losses, "digests": [files.weights.digest, files.optimizer.digest]}))
 """
 
@@ -233,7 +235,7 @@ async def test_weights_object_is_a_peft_adapter_and_packs(
     recipe = AdapterRecipe(4, 8.0, ("down_proj", "q_proj"), use_rslora=True)
     session = new_session(recipe)
     train(session, make_data, 0, 1)
-    files = write_state(session, tmp_path)
+    files = write_state(session, LedgerContents(), tmp_path)
     with safe_open(files.weights_path, "pt") as opened:
         assert set(opened.keys()) == set(session.adapter.parameters)
         assert len(opened.metadata()) == 1
@@ -362,7 +364,7 @@ def test_reader_does_not_need_the_files_after_restore(
 ) -> None:
     session = new_session(DROPOUT)
     train(session, make_data, 0, 1)
-    files = write_state(session, tmp_path)
+    files = write_state(session, LedgerContents(), tmp_path)
     saved = SavedState("", 1, 1, "w", files.weights, "o", files.optimizer)
     restored = new_session(DROPOUT)
     StateReader(saved, files.weights_path, files.optimizer_path).restore(restored)

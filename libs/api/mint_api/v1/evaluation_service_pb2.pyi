@@ -118,7 +118,7 @@ class CreateEvaluationRequest(_message.Message):
 
     @_builtins.property
     def fence(self) -> _common_pb2.Fence:
-        """Proof of the policy's lease; optional."""
+        """Proof of the policy's lease, or of evaluation.run's; optional."""
 
     def __init__(
         self,

@@ -57,12 +57,13 @@ class EvaluationServiceServicer:
     """
 
     def CreateEvaluation(self, request, context):
-        """Records an evaluation.
+        """Records an evaluation. What a run has recorded is answered again when the run records the same.
 
         Errors:
-        * INVALID_ARGUMENT / INVALID_FIELD: bad name or a figure that is not finite.
+        * INVALID_ARGUMENT / INVALID_FIELD: bad name or a figure that is not finite; the fence is another run's.
         * NOT_FOUND / RESOURCE_NOT_FOUND: no such policy or revision.
         * ALREADY_EXISTS / RESOURCE_EXISTS: the name is taken.
+        * FAILED_PRECONDITION / LEASE_LOST: the fence was superseded.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -83,6 +84,8 @@ class EvaluationServiceServicer:
 
         Errors:
         * INVALID_ARGUMENT / INVALID_FIELD: bad parent, page_size or page_token.
+        * NOT_FOUND / RESOURCE_NOT_FOUND: no such policy.
+        * OUT_OF_RANGE / REVISION_COMPACTED: the page token is too old.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

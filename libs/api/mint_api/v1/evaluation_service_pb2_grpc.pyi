@@ -34,12 +34,13 @@ class EvaluationServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> EvaluationServiceAsyncStub: ...
     CreateEvaluation: _grpc.UnaryUnaryMultiCallable[_evaluation_service_pb2.CreateEvaluationRequest, _evaluation_service_pb2.CreateEvaluationResponse]
-    """Records an evaluation.
+    """Records an evaluation. What a run has recorded is answered again when the run records the same.
 
     Errors:
-    * INVALID_ARGUMENT / INVALID_FIELD: bad name or a figure that is not finite.
+    * INVALID_ARGUMENT / INVALID_FIELD: bad name or a figure that is not finite; the fence is another run's.
     * NOT_FOUND / RESOURCE_NOT_FOUND: no such policy or revision.
     * ALREADY_EXISTS / RESOURCE_EXISTS: the name is taken.
+    * FAILED_PRECONDITION / LEASE_LOST: the fence was superseded.
     """
     GetEvaluation: _grpc.UnaryUnaryMultiCallable[_evaluation_service_pb2.GetEvaluationRequest, _evaluation_service_pb2.GetEvaluationResponse]
     """Reads one evaluation.
@@ -52,6 +53,8 @@ class EvaluationServiceStub:
 
     Errors:
     * INVALID_ARGUMENT / INVALID_FIELD: bad parent, page_size or page_token.
+    * NOT_FOUND / RESOURCE_NOT_FOUND: no such policy.
+    * OUT_OF_RANGE / REVISION_COMPACTED: the page token is too old.
     """
 
 @_typing.type_check_only
@@ -60,12 +63,13 @@ class EvaluationServiceAsyncStub(EvaluationServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateEvaluation: _aio.UnaryUnaryMultiCallable[_evaluation_service_pb2.CreateEvaluationRequest, _evaluation_service_pb2.CreateEvaluationResponse]  # type: ignore[assignment]
-    """Records an evaluation.
+    """Records an evaluation. What a run has recorded is answered again when the run records the same.
 
     Errors:
-    * INVALID_ARGUMENT / INVALID_FIELD: bad name or a figure that is not finite.
+    * INVALID_ARGUMENT / INVALID_FIELD: bad name or a figure that is not finite; the fence is another run's.
     * NOT_FOUND / RESOURCE_NOT_FOUND: no such policy or revision.
     * ALREADY_EXISTS / RESOURCE_EXISTS: the name is taken.
+    * FAILED_PRECONDITION / LEASE_LOST: the fence was superseded.
     """
     GetEvaluation: _aio.UnaryUnaryMultiCallable[_evaluation_service_pb2.GetEvaluationRequest, _evaluation_service_pb2.GetEvaluationResponse]  # type: ignore[assignment]
     """Reads one evaluation.
@@ -78,6 +82,8 @@ class EvaluationServiceAsyncStub(EvaluationServiceStub):
 
     Errors:
     * INVALID_ARGUMENT / INVALID_FIELD: bad parent, page_size or page_token.
+    * NOT_FOUND / RESOURCE_NOT_FOUND: no such policy.
+    * OUT_OF_RANGE / REVISION_COMPACTED: the page token is too old.
     """
 
 class EvaluationServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -89,12 +95,13 @@ class EvaluationServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _evaluation_service_pb2.CreateEvaluationRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_evaluation_service_pb2.CreateEvaluationResponse, _abc.Awaitable[_evaluation_service_pb2.CreateEvaluationResponse]]:
-        """Records an evaluation.
+        """Records an evaluation. What a run has recorded is answered again when the run records the same.
 
         Errors:
-        * INVALID_ARGUMENT / INVALID_FIELD: bad name or a figure that is not finite.
+        * INVALID_ARGUMENT / INVALID_FIELD: bad name or a figure that is not finite; the fence is another run's.
         * NOT_FOUND / RESOURCE_NOT_FOUND: no such policy or revision.
         * ALREADY_EXISTS / RESOURCE_EXISTS: the name is taken.
+        * FAILED_PRECONDITION / LEASE_LOST: the fence was superseded.
         """
 
     @_abc_1.abstractmethod
@@ -119,6 +126,8 @@ class EvaluationServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Errors:
         * INVALID_ARGUMENT / INVALID_FIELD: bad parent, page_size or page_token.
+        * NOT_FOUND / RESOURCE_NOT_FOUND: no such policy.
+        * OUT_OF_RANGE / REVISION_COMPACTED: the page token is too old.
         """
 
 def add_EvaluationServiceServicer_to_server(servicer: EvaluationServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

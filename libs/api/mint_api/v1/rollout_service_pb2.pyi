@@ -76,7 +76,7 @@ class Rollout(_message.Message):
 
     @_builtins.property
     def expire_time(self) -> _timestamp_pb2.Timestamp:
-        """Deleted after this time."""
+        """Required. The batch may be deleted after this time; until it is, it is read and listed as ever."""
 
     def __init__(
         self,

@@ -85,10 +85,12 @@ class RolloutServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListRollouts(self, request, context):
-        """Lists a policy's rollouts.
+        """Lists a policy's rollouts, in order of their ids.
 
         Errors:
-        * INVALID_ARGUMENT / INVALID_FIELD: bad parent, page_size or page_token.
+        * INVALID_ARGUMENT / INVALID_FIELD: bad parent, run, page_size or page_token.
+        * NOT_FOUND / RESOURCE_NOT_FOUND: no such policy.
+        * OUT_OF_RANGE / REVISION_COMPACTED: the page token is too old.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -49,10 +49,12 @@ class RolloutServiceStub:
     * NOT_FOUND / RESOURCE_NOT_FOUND: no such rollout.
     """
     ListRollouts: _grpc.UnaryUnaryMultiCallable[_rollout_service_pb2.ListRolloutsRequest, _rollout_service_pb2.ListRolloutsResponse]
-    """Lists a policy's rollouts.
+    """Lists a policy's rollouts, in order of their ids.
 
     Errors:
-    * INVALID_ARGUMENT / INVALID_FIELD: bad parent, page_size or page_token.
+    * INVALID_ARGUMENT / INVALID_FIELD: bad parent, run, page_size or page_token.
+    * NOT_FOUND / RESOURCE_NOT_FOUND: no such policy.
+    * OUT_OF_RANGE / REVISION_COMPACTED: the page token is too old.
     """
     DeleteRollout: _grpc.UnaryUnaryMultiCallable[_rollout_service_pb2.DeleteRolloutRequest, _rollout_service_pb2.DeleteRolloutResponse]
     """Forgets a rollout; its object is the caller's to delete, before this. An unknown rollout is a no-op.
@@ -83,10 +85,12 @@ class RolloutServiceAsyncStub(RolloutServiceStub):
     * NOT_FOUND / RESOURCE_NOT_FOUND: no such rollout.
     """
     ListRollouts: _aio.UnaryUnaryMultiCallable[_rollout_service_pb2.ListRolloutsRequest, _rollout_service_pb2.ListRolloutsResponse]  # type: ignore[assignment]
-    """Lists a policy's rollouts.
+    """Lists a policy's rollouts, in order of their ids.
 
     Errors:
-    * INVALID_ARGUMENT / INVALID_FIELD: bad parent, page_size or page_token.
+    * INVALID_ARGUMENT / INVALID_FIELD: bad parent, run, page_size or page_token.
+    * NOT_FOUND / RESOURCE_NOT_FOUND: no such policy.
+    * OUT_OF_RANGE / REVISION_COMPACTED: the page token is too old.
     """
     DeleteRollout: _aio.UnaryUnaryMultiCallable[_rollout_service_pb2.DeleteRolloutRequest, _rollout_service_pb2.DeleteRolloutResponse]  # type: ignore[assignment]
     """Forgets a rollout; its object is the caller's to delete, before this. An unknown rollout is a no-op.
@@ -132,10 +136,12 @@ class RolloutServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _rollout_service_pb2.ListRolloutsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_rollout_service_pb2.ListRolloutsResponse, _abc.Awaitable[_rollout_service_pb2.ListRolloutsResponse]]:
-        """Lists a policy's rollouts.
+        """Lists a policy's rollouts, in order of their ids.
 
         Errors:
-        * INVALID_ARGUMENT / INVALID_FIELD: bad parent, page_size or page_token.
+        * INVALID_ARGUMENT / INVALID_FIELD: bad parent, run, page_size or page_token.
+        * NOT_FOUND / RESOURCE_NOT_FOUND: no such policy.
+        * OUT_OF_RANGE / REVISION_COMPACTED: the page token is too old.
         """
 
     @_abc_1.abstractmethod

@@ -32,7 +32,7 @@ class _RunStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RunState.Val
     RUN_STATE_QUEUED: _RunState.ValueType  # 1
     """Waits in the queue."""
     RUN_STATE_RUNNING: _RunState.ValueType  # 2
-    """Claimed by a worker under the policy's lease."""
+    """Claimed by a worker under a lease on the policy, or, for an evaluation, on the run."""
     RUN_STATE_CANCELLING: _RunState.ValueType  # 3
     """A cancel was asked for; the worker stops at the next step."""
     RUN_STATE_SUCCEEDED: _RunState.ValueType  # 4
@@ -50,7 +50,7 @@ RUN_STATE_UNSPECIFIED: RunState.ValueType  # 0
 RUN_STATE_QUEUED: RunState.ValueType  # 1
 """Waits in the queue."""
 RUN_STATE_RUNNING: RunState.ValueType  # 2
-"""Claimed by a worker under the policy's lease."""
+"""Claimed by a worker under a lease on the policy, or, for an evaluation, on the run."""
 RUN_STATE_CANCELLING: RunState.ValueType  # 3
 """A cancel was asked for; the worker stops at the next step."""
 RUN_STATE_SUCCEEDED: RunState.ValueType  # 4
@@ -700,7 +700,9 @@ class Run(_message.Message):
     continue_from_latest: _builtins.bool
     """Continue from the policy's latest training state instead of fresh weights."""
     publish: _builtins.bool
-    """Export and publish the final state as a revision. The revision is named by published_revision."""
+    """Export and publish the final state as a revision. The revision is named by published_revision. A GRPO run needs
+    it set: it publishes the state of every step.
+    """
     promote_alias: _builtins.str
     """Alias to promote to the published revision; empty means none."""
     priority: _builtins.int

@@ -123,6 +123,7 @@ class RunServiceServicer:
         Errors:
         * INVALID_ARGUMENT / INVALID_FIELD: bad page_size or page_token.
         * NOT_FOUND / RESOURCE_NOT_FOUND: no such run.
+        * OUT_OF_RANGE / REVISION_COMPACTED: the page token is too old.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

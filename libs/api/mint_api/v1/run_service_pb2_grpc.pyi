@@ -69,6 +69,7 @@ class RunServiceStub:
     Errors:
     * INVALID_ARGUMENT / INVALID_FIELD: bad page_size or page_token.
     * NOT_FOUND / RESOURCE_NOT_FOUND: no such run.
+    * OUT_OF_RANGE / REVISION_COMPACTED: the page token is too old.
     """
     CancelRun: _grpc.UnaryUnaryMultiCallable[_run_service_pb2.CancelRunRequest, _run_service_pb2.CancelRunResponse]
     """Asks a run to stop; a queued one ends at once, a running one at its next step.
@@ -119,6 +120,7 @@ class RunServiceAsyncStub(RunServiceStub):
     Errors:
     * INVALID_ARGUMENT / INVALID_FIELD: bad page_size or page_token.
     * NOT_FOUND / RESOURCE_NOT_FOUND: no such run.
+    * OUT_OF_RANGE / REVISION_COMPACTED: the page token is too old.
     """
     CancelRun: _aio.UnaryUnaryMultiCallable[_run_service_pb2.CancelRunRequest, _run_service_pb2.CancelRunResponse]  # type: ignore[assignment]
     """Asks a run to stop; a queued one ends at once, a running one at its next step.
@@ -196,6 +198,7 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
         Errors:
         * INVALID_ARGUMENT / INVALID_FIELD: bad page_size or page_token.
         * NOT_FOUND / RESOURCE_NOT_FOUND: no such run.
+        * OUT_OF_RANGE / REVISION_COMPACTED: the page token is too old.
         """
 
     @_abc_1.abstractmethod

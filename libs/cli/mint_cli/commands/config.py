@@ -12,7 +12,7 @@ import typer
 from mint_cli.endpoints import state_dir
 from mint_cli.installation import SERVICES
 from mint_cli.options import JsonOption, StateDirOption
-from mint_cli.output import print_json, print_pairs
+from mint_cli.output import flatten, print_json, print_pairs
 from mint_core.errors import FailedPrecondition
 
 __all__ = ["app"]
@@ -43,7 +43,7 @@ def show(state_path: StateDirOption = None, json_output: JsonOption = False) -> 
     if json_output:
         print_json(masked)
     else:
-        print_pairs(_flat(masked))
+        print_pairs(flatten(masked))
 
 
 def _overlay(settings: dict[str, Any], environ: Mapping[str, str]) -> None:
@@ -67,10 +67,3 @@ def _masked(table: Mapping[str, Any]) -> dict[str, Any]:
         else:
             masked[key] = _MASK if value and any(word in key for word in _SECRET_WORDS) else value
     return masked
-
-
-def _flat(table: Mapping[str, Any], prefix: str = "") -> list[tuple[str, object]]:
-    pairs: list[tuple[str, object]] = []
-    for key, value in table.items():
-        pairs += _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [(f"{prefix}{key}", value)]
-    return pairs

@@ -9,11 +9,11 @@ import typer
 
 from mint_api.v1 import alias_service_pb2, common_pb2, policy_service_pb2
 from mint_cli.endpoints import find_endpoints, state_dir
-from mint_cli.options import CatalogOption, JsonOption, StateDirOption
+from mint_cli.options import CatalogOption, JsonOption, StateDirOption, key_values
 from mint_cli.output import print_json, print_pairs, print_table, to_plain
 from mint_cli.references import policy_name, short, tenant_id
 from mint_client import MintClient
-from mint_core.errors import FailedPrecondition, InvalidArgument
+from mint_core.errors import FailedPrecondition
 
 __all__ = ["app"]
 
@@ -40,6 +40,7 @@ def create(
 ) -> None:
     """Create a policy."""
     name = policy_name(policy)
+    labels = key_values(label, field="label")
     state = state_dir(state_path)
     endpoints = find_endpoints(state, catalog=catalog, needed=("catalog",))
     if not base_model:
@@ -48,7 +49,6 @@ def create(
         if not base_model:
             raise FailedPrecondition("the base model is not known: give --base-model baseModels/NAME")
     lora = common_pb2.LoraConfig(rank=rank, alpha=alpha, target_modules=target_module or [], init_seed=init_seed)
-    labels = dict(_label(text) for text in label or [])
 
     async def call() -> policy_service_pb2.Policy:
         async with MintClient(endpoints) as client:
@@ -131,10 +131,3 @@ def describe(
             *((f"@{alias.name.rpartition('/')[2]}", f"revision {alias.active.revision_number}") for alias in aliases),
         ]
     )
-
-
-def _label(text: str) -> tuple[str, str]:
-    key, equals, value = text.partition("=")
-    if not equals:
-        raise InvalidArgument(f"label is {text!r}: expected KEY=VALUE", field="label")
-    return key, value

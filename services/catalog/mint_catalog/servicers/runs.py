@@ -9,6 +9,7 @@ from typing import Any
 from mint_api.v1 import run_service_pb2 as pb
 from mint_api.v1 import run_service_pb2_grpc as pb_grpc
 from mint_catalog.changes import Changes
+from mint_catalog.codec import check_enums, to_message
 from mint_catalog.codecs import MessageCodecs
 from mint_catalog.runs import Runs
 from mint_catalog.servicers.common import identity
@@ -25,6 +26,9 @@ class RunServicer(pb_grpc.RunServiceServicer):
 
     async def CreateRun(self, request: pb.CreateRunRequest, _context: Any) -> Any:
         tenant = TenantName.parse(request.parent, field="parent")
+        recipe = request.run.WhichOneof("recipe")
+        if recipe is not None:
+            check_enums(getattr(request.run, recipe), field=f"run.{recipe}")
         wanted = self._codec.from_message(request.run, name=None)
         written = await self._runs.create(tenant, request.run_id, wanted, identity(request, tenant.tenant))
         return pb.CreateRunResponse(
@@ -49,6 +53,14 @@ class RunServicer(pb_grpc.RunServiceServicer):
         async with contextlib.aclosing(runs):
             async for run in runs:
                 yield pb.WatchRunResponse(run=self._codec.to_message(run))
+
+    async def ListRunSteps(self, request: pb.ListRunStepsRequest, _context: Any) -> Any:
+        page = await self._runs.steps(
+            RunName.parse(request.name), page_size=request.page_size, page_token=request.page_token
+        )
+        return pb.ListRunStepsResponse(
+            steps=[to_message(step, pb.RunStep) for step in page.records], next_page_token=page.next_page_token
+        )
 
     async def CancelRun(self, request: pb.CancelRunRequest, _context: Any) -> Any:
         run = await self._runs.cancel(RunName.parse(request.name), request.reason)

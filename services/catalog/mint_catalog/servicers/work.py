@@ -12,7 +12,7 @@ from mint_catalog.codecs import MessageCodecs
 from mint_catalog.leases import DEFAULT_TTL_S, Leases, parse_resource
 from mint_catalog.queue import Outcome, RunQueue
 from mint_catalog.records import Fence, TrainingState
-from mint_catalog.run_records import RunEvent, RunProgress, RunState
+from mint_catalog.run_records import RunEvent, RunProgress, RunState, RunStep
 from mint_core.calls import remaining_s
 from mint_core.names import BaseModelName, RunName, TenantName
 
@@ -58,7 +58,7 @@ class WorkServicer(pb_grpc.WorkServiceServicer):
         if claim is None:
             return pb.ClaimRunResponse()
         return pb.ClaimRunResponse(
-            run=self._run_codec.to_message(claim.run), lease=self._holder_codec.to_message(claim.policy, claim.holder)
+            run=self._run_codec.to_message(claim.run), lease=self._holder_codec.to_message(claim.resource, claim.holder)
         )
 
     async def ReportRun(self, request: pb.ReportRunRequest, _context: Any) -> Any:
@@ -67,6 +67,7 @@ class WorkServicer(pb_grpc.WorkServiceServicer):
             from_message(request.fence, Fence),
             from_message(request.progress, RunProgress) if request.HasField("progress") else None,
             tuple(from_message(event, RunEvent) for event in request.events),
+            tuple(from_message(step, RunStep) for step in request.steps),
         )
         return pb.ReportRunResponse(cancel_requested=cancel_requested)
 

@@ -12,21 +12,15 @@ import time
 from collections.abc import Sequence
 
 from mint_api.v1 import common_pb2, run_service_pb2
-from mint_core import failpoints, log
-from mint_core.errors import InvalidArgument, Unavailable
+from mint_core.errors import InvalidArgument
 from mint_runs.attempt import Attempt, Outcome, RunCancelled, RunDrained
 from mint_runs.data import parse_examples
 from mint_runs.examples import TokenizedExample, tokenize_examples
 from mint_runs.order import step_indices
-from mint_runs.step_session import SessionLost, StepSession
+from mint_runs.step_session import StepSession
+from mint_runs.training import STEPPED, Training
 
 __all__ = ["SftPlan", "learning_rate", "run_sft"]
-
-_log = log.get_logger(__name__)
-
-_STEPPED = failpoints.declare("runs.stepped", "an optimizer step is done, its state is not saved")
-
-_MAX_LOST_SESSIONS = 3
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -87,7 +81,8 @@ async def run_sft(attempt: Attempt) -> Outcome:
     plan = SftPlan.of(recipe)
     train_data = await _load(attempt, recipe.train_data, plan, source="train_data")
     eval_data = await _load(attempt, recipe.eval_data, plan, source="eval_data") if recipe.HasField("eval_data") else []
-    await _Training(attempt, plan, train_data, eval_data).train()
+    training = Training(attempt, num_steps=plan.num_steps)
+    await training.run(_SftLoop(attempt, plan, training, train_data, eval_data).work)
     return Outcome(attempt.published_revision)
 
 
@@ -105,72 +100,36 @@ async def _load(attempt: Attempt, blob: common_pb2.BlobRef, plan: SftPlan, *, so
     )
 
 
-class _Training:
-    """The loop over steps, and over sessions when the trainer loses one."""
+class _SftLoop:
+    """What is done in a session, and what outlives one."""
 
     def __init__(
         self,
         attempt: Attempt,
         plan: SftPlan,
+        training: Training,
         train_data: Sequence[TokenizedExample],
         eval_data: Sequence[TokenizedExample],
     ) -> None:
         self._attempt = attempt
         self._plan = plan
+        self._training = training
         self._train_data = train_data
         self._eval_data = eval_data
-        self._state: common_pb2.TrainingState | None = None
-        """Newest committed state of this run."""
         self._progress = run_service_pb2.RunProgress()
-        if attempt.run.HasField("latest_training_state"):
-            self._state = attempt.run.latest_training_state
+        if training.state is not None:
             self._progress.CopyFrom(attempt.run.progress)
 
-    async def train(self) -> None:
+    async def work(self, session: StepSession) -> None:
         """Do what is left to do."""
-        lost_at: list[int] = []
-        while True:
-            try:
-                async with await self._open() as session:
-                    await self._steps(session)
-                    await self._conclude(session)
-                    return
-            except SessionLost as lost:
-                saved_step = self._state.step if self._state else 0
-                lost_at = [*(step for step in lost_at if step == saved_step), saved_step]
-                if len(lost_at) > _MAX_LOST_SESSIONS:
-                    raise Unavailable(
-                        f"the trainer lost this run's session {len(lost_at)} times after step {saved_step}: {lost}"
-                    ) from lost
-                self._attempt.reporter.event(
-                    "session_lost", f"the trainer lost the session; going on from the state after step {saved_step}"
-                )
-
-    async def _open(self) -> StepSession:
-        run, policy = self._attempt.run, self._attempt.policy
-        initial = run.initial_training_state if run.HasField("initial_training_state") else None
-        session = await StepSession.open(
-            self._attempt.client.sessions,
-            self._attempt.tenant,
-            self._attempt.next_session_id(),
-            policy=run.policy,
-            base_digest=policy.base_digest,
-            lora=None if self._state or initial else policy.lora,
-            from_state=self._state or initial,
-            # A new run counts its own steps and starts with fresh moments; its attempts continue with theirs.
-            weights_only=self._state is None and initial is not None,
-            patience_s=self._attempt.settings.patience_s,
+        progress = self._progress
+        progress.step = progress.saved_step = session.start_step
+        progress.num_steps = self._plan.num_steps
+        progress.num_tokens = sum(
+            example.num_loss_tokens for done in range(session.start_step) for example in self._examples(done)
         )
-        step = session.start_step
-        if step:
-            self._attempt.reporter.event("resumed", f"goes on after step {step} of {self._plan.num_steps}")
-        self._progress.step = step
-        self._progress.num_steps = self._plan.num_steps
-        self._progress.saved_step = step
-        self._progress.num_tokens = sum(
-            example.num_loss_tokens for done in range(step) for example in self._examples(done)
-        )
-        return session
+        await self._steps(session)
+        await self._conclude(session)
 
     async def _steps(self, session: StepSession) -> None:
         plan, attempt = self._plan, self._attempt
@@ -192,8 +151,8 @@ class _Training:
         """Publish the last step's state, unless this attempt has; evaluate it."""
         attempt = self._attempt
         if attempt.run.publish and not attempt.published_revision:
-            assert self._state is not None, "the last step saves its state"
-            await attempt.publish(self._state, data_digest=attempt.run.sft.train_data.digest)
+            assert self._training.state is not None, "the last step saves its state"
+            await attempt.publish(self._training.state, data_digest=attempt.run.sft.train_data.digest)
         await self._evaluate(session)
         attempt.reporter.progress(self._progress)
 
@@ -206,7 +165,7 @@ class _Training:
         gathered = await session.forward_backward([example.datum() for example in examples])
         applied = await session.optim_step(optimizer, gradient_scale=1.0 / gathered.weight_sum)
         taken_s = time.perf_counter() - started_s
-        await _STEPPED.reached()
+        await STEPPED.reached()
         progress = self._progress
         progress.step = step + 1
         progress.loss = gathered.loss_sum / gathered.weight_sum
@@ -216,14 +175,13 @@ class _Training:
         progress.metrics["grad_norm"] = applied.grad_norm
         progress.metrics["step_ms"] = taken_s * 1000.0
         self._attempt.reporter.progress(progress)
+        figures = run_service_pb2.RunStep(step=progress.step, loss=progress.loss, metrics=progress.metrics)
+        figures.metrics["tokens_per_s"] = progress.tokens_per_s
+        figures.time.GetCurrentTime()
+        self._attempt.reporter.step(figures)
 
     async def _save(self, session: StepSession) -> None:
-        attempt = self._attempt
-        attempt.lease.check()
-        state = await session.save_state(run=attempt.run.name, fence=attempt.fence.token)
-        await attempt.commit(state)
-        self._state = state
-        self._progress.saved_step = state.step
+        self._progress.saved_step = (await self._training.save(session)).step
 
     async def _evaluate(self, session: StepSession) -> None:
         """Held-out loss per token, in batches as large as the training ones; nothing without held-out data."""

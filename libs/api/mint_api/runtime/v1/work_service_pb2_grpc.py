@@ -137,10 +137,13 @@ class WorkServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ReportRun(self, request, context):
-        """Writes progress, and appends events.
+        """Writes progress and figures of steps, and appends events.
 
         Errors:
+        * INVALID_ARGUMENT / INVALID_FIELD: too many steps, or a figure of a step that is not finite.
+        * NOT_FOUND / RESOURCE_NOT_FOUND: no such run.
         * FAILED_PRECONDITION / LEASE_LOST: the fence was superseded; stop.
+        * FAILED_PRECONDITION / WRONG_STATE: the run has ended.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -150,15 +153,17 @@ class WorkServiceServicer:
         """Makes a saved state current for the run and its policy.
 
         Errors:
+        * INVALID_ARGUMENT / INVALID_FIELD: a bad state; the run is an evaluation, which has none.
+        * NOT_FOUND / RESOURCE_NOT_FOUND: no such policy or run.
         * FAILED_PRECONDITION / LEASE_LOST: the fence was superseded; stop.
-        * FAILED_PRECONDITION / WRONG_STATE: the step is older than the current state's.
+        * FAILED_PRECONDITION / WRONG_STATE: the run has ended, or the step is older than the current state's.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def FinishRun(self, request, context):
-        """Ends a run and releases the policy's lease in the same transaction. A retriable failure puts it back in the
+        """Ends a run and releases the claim's lease in the same transaction. A retriable failure puts it back in the
         queue until its attempts are used up. The same call again answers the stored run.
 
         Errors:

@@ -69,20 +69,25 @@ class WorkServiceStub:
     * INVALID_ARGUMENT / INVALID_FIELD: bad holder or ttl.
     """
     ReportRun: _grpc.UnaryUnaryMultiCallable[_work_service_pb2.ReportRunRequest, _work_service_pb2.ReportRunResponse]
-    """Writes progress, and appends events.
+    """Writes progress and figures of steps, and appends events.
 
     Errors:
+    * INVALID_ARGUMENT / INVALID_FIELD: too many steps, or a figure of a step that is not finite.
+    * NOT_FOUND / RESOURCE_NOT_FOUND: no such run.
     * FAILED_PRECONDITION / LEASE_LOST: the fence was superseded; stop.
+    * FAILED_PRECONDITION / WRONG_STATE: the run has ended.
     """
     CommitTrainingState: _grpc.UnaryUnaryMultiCallable[_work_service_pb2.CommitTrainingStateRequest, _work_service_pb2.CommitTrainingStateResponse]
     """Makes a saved state current for the run and its policy.
 
     Errors:
+    * INVALID_ARGUMENT / INVALID_FIELD: a bad state; the run is an evaluation, which has none.
+    * NOT_FOUND / RESOURCE_NOT_FOUND: no such policy or run.
     * FAILED_PRECONDITION / LEASE_LOST: the fence was superseded; stop.
-    * FAILED_PRECONDITION / WRONG_STATE: the step is older than the current state's.
+    * FAILED_PRECONDITION / WRONG_STATE: the run has ended, or the step is older than the current state's.
     """
     FinishRun: _grpc.UnaryUnaryMultiCallable[_work_service_pb2.FinishRunRequest, _work_service_pb2.FinishRunResponse]
-    """Ends a run and releases the policy's lease in the same transaction. A retriable failure puts it back in the
+    """Ends a run and releases the claim's lease in the same transaction. A retriable failure puts it back in the
     queue until its attempts are used up. The same call again answers the stored run.
 
     Errors:
@@ -131,20 +136,25 @@ class WorkServiceAsyncStub(WorkServiceStub):
     * INVALID_ARGUMENT / INVALID_FIELD: bad holder or ttl.
     """
     ReportRun: _aio.UnaryUnaryMultiCallable[_work_service_pb2.ReportRunRequest, _work_service_pb2.ReportRunResponse]  # type: ignore[assignment]
-    """Writes progress, and appends events.
+    """Writes progress and figures of steps, and appends events.
 
     Errors:
+    * INVALID_ARGUMENT / INVALID_FIELD: too many steps, or a figure of a step that is not finite.
+    * NOT_FOUND / RESOURCE_NOT_FOUND: no such run.
     * FAILED_PRECONDITION / LEASE_LOST: the fence was superseded; stop.
+    * FAILED_PRECONDITION / WRONG_STATE: the run has ended.
     """
     CommitTrainingState: _aio.UnaryUnaryMultiCallable[_work_service_pb2.CommitTrainingStateRequest, _work_service_pb2.CommitTrainingStateResponse]  # type: ignore[assignment]
     """Makes a saved state current for the run and its policy.
 
     Errors:
+    * INVALID_ARGUMENT / INVALID_FIELD: a bad state; the run is an evaluation, which has none.
+    * NOT_FOUND / RESOURCE_NOT_FOUND: no such policy or run.
     * FAILED_PRECONDITION / LEASE_LOST: the fence was superseded; stop.
-    * FAILED_PRECONDITION / WRONG_STATE: the step is older than the current state's.
+    * FAILED_PRECONDITION / WRONG_STATE: the run has ended, or the step is older than the current state's.
     """
     FinishRun: _aio.UnaryUnaryMultiCallable[_work_service_pb2.FinishRunRequest, _work_service_pb2.FinishRunResponse]  # type: ignore[assignment]
-    """Ends a run and releases the policy's lease in the same transaction. A retriable failure puts it back in the
+    """Ends a run and releases the claim's lease in the same transaction. A retriable failure puts it back in the
     queue until its attempts are used up. The same call again answers the stored run.
 
     Errors:
@@ -226,10 +236,13 @@ class WorkServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _work_service_pb2.ReportRunRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_work_service_pb2.ReportRunResponse, _abc.Awaitable[_work_service_pb2.ReportRunResponse]]:
-        """Writes progress, and appends events.
+        """Writes progress and figures of steps, and appends events.
 
         Errors:
+        * INVALID_ARGUMENT / INVALID_FIELD: too many steps, or a figure of a step that is not finite.
+        * NOT_FOUND / RESOURCE_NOT_FOUND: no such run.
         * FAILED_PRECONDITION / LEASE_LOST: the fence was superseded; stop.
+        * FAILED_PRECONDITION / WRONG_STATE: the run has ended.
         """
 
     @_abc_1.abstractmethod
@@ -241,8 +254,10 @@ class WorkServiceServicer(metaclass=_abc_1.ABCMeta):
         """Makes a saved state current for the run and its policy.
 
         Errors:
+        * INVALID_ARGUMENT / INVALID_FIELD: a bad state; the run is an evaluation, which has none.
+        * NOT_FOUND / RESOURCE_NOT_FOUND: no such policy or run.
         * FAILED_PRECONDITION / LEASE_LOST: the fence was superseded; stop.
-        * FAILED_PRECONDITION / WRONG_STATE: the step is older than the current state's.
+        * FAILED_PRECONDITION / WRONG_STATE: the run has ended, or the step is older than the current state's.
         """
 
     @_abc_1.abstractmethod
@@ -251,7 +266,7 @@ class WorkServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _work_service_pb2.FinishRunRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_work_service_pb2.FinishRunResponse, _abc.Awaitable[_work_service_pb2.FinishRunResponse]]:
-        """Ends a run and releases the policy's lease in the same transaction. A retriable failure puts it back in the
+        """Ends a run and releases the claim's lease in the same transaction. A retriable failure puts it back in the
         queue until its attempts are used up. The same call again answers the stored run.
 
         Errors:
