@@ -3,6 +3,8 @@ PYTHON := .venv/bin/python
 PYTEST := $(PYTHON) -m pytest
 # Two shared cores: one thread for each process is faster than several that wait for each other.
 export OMP_NUM_THREADS ?= 1
+# Where a process takes more, its threads wait without spinning, for the same reason.
+export OMP_WAIT_POLICY ?= PASSIVE
 SEED ?= 1
 
 .PHONY: help
@@ -31,6 +33,10 @@ test-unit: setup ## The tests that need no server
 .PHONY: test-fault
 test-fault: setup ## The fault tests, long ones included
 	MINT_FAULT_LONG=1 $(PYTEST) tests/fault --timeout 1800
+
+.PHONY: test-matrix
+test-matrix: setup ## Kill every process at every phase of a GRPO step (20 minutes); CI runs its diagonal
+	$(PYTEST) tests/fault -m matrix
 
 .PHONY: check
 check: lint types protos-check test ## What CI runs: lint, types, protos, tests

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from demo.loop import LoopFigures
+from demo.loop import HANDOFF, LoopFigures
 from demo.report import PolicyStory, Report, Served
 from mint_api.v1 import common_pb2, inference_service_pb2, run_service_pb2
 from mint_client import Generation, MintClient
@@ -28,19 +28,21 @@ class Plan:
     base_model: str
     data: Path
     seed: int
-    first_steps: int = 40
+    first_steps: int = 16
     """SFT steps of revision 1: enough to show the behaviour, too few to master it."""
-    neighbour_steps: int = 24
+    neighbour_steps: int = 16
     """SFT steps of the neighbour's revision 1."""
     learning_rate: float = 1e-3
     batch_size: int = 8
     grpo_steps: int = 24
     """GRPO steps on top, whose last state is served as revision 2 of the story."""
-    grpo_learning_rate: float = 5e-4
-    num_prompts_per_step: int = 8
-    group_size: int = 8
+    grpo_learning_rate: float = 1.5e-4
+    grpo_warmup_steps: int = 3
+    """AdamW's first updates move every weight by the whole learning rate, whatever the gradient's size."""
+    num_prompts_per_step: int = 12
+    group_size: int = 6
     max_new_tokens: int = 16
-    num_concurrent: int = 16
+    num_concurrent: int = 50
     """Requests in flight where answers need not be compared bit for bit."""
     num_compared: int = 25
     """Prompts whose answers before and after the rollback are compared token for token, one request at a time."""
@@ -97,7 +99,6 @@ class _Life:
         """Supervised fine-tuning from fresh weights; ``live`` is promoted to the result."""
         recipe = run_service_pb2.SftRecipe(
             train_data=await self._upload(story, f"{data}_train.jsonl"),
-            eval_data=await self._upload(story, f"{data}_heldout.jsonl"),
             num_steps=num_steps,
             batch_size=self._plan.batch_size,
             optimizer=run_service_pb2.OptimizerConfig(learning_rate=self._plan.learning_rate),
@@ -117,24 +118,19 @@ class _Life:
             num_prompts_per_step=plan.num_prompts_per_step,
             group_size=plan.group_size,
             max_new_tokens=plan.max_new_tokens,
-            optimizer=run_service_pb2.OptimizerConfig(learning_rate=plan.grpo_learning_rate, max_grad_norm=1.0),
+            optimizer=run_service_pb2.OptimizerConfig(
+                learning_rate=plan.grpo_learning_rate, num_warmup_steps=plan.grpo_warmup_steps, max_grad_norm=1.0
+            ),
             seed=plan.seed + 1000,
         )
-        run, first_token_at_s = await self._train(
-            story, run_service_pb2.Run(grpo=recipe, continue_from_latest=True), shown_every=4
-        )
-        await self._note_handoff(run, first_token_at_s)
-        steps = [step async for step in self._client.runs.steps(run.name)]
-        self._report.grpo = LoopFigures.of([dict(step.metrics) for step in steps])
+        run = await self._train(story, run_service_pb2.Run(grpo=recipe, continue_from_latest=True), shown_every=4)
+        await self._note_handoff(run)
 
     async def _upload(self, story: PolicyStory, name: str) -> common_pb2.BlobRef:
         return await self._client.blobs.upload(story.policy.split("/")[1], self._plan.data / name)
 
-    async def _train(
-        self, story: PolicyStory, wanted: run_service_pb2.Run, *, shown_every: int
-    ) -> tuple[run_service_pb2.Run, float]:
-        """One managed run that publishes its result and promotes ``live`` to it; the ended run, and when the first
-        token of the new revision came (seconds since the epoch)."""
+    async def _train(self, story: PolicyStory, wanted: run_service_pb2.Run, *, shown_every: int) -> run_service_pb2.Run:
+        """One managed run that publishes its result and promotes ``live`` to it; answers it as it ended."""
         wanted.policy, wanted.publish, wanted.promote_alias = story.policy, True, "live"
         start_s = time.perf_counter()
         run = queued = await self._client.runs.create(story.policy.split("/")[1], wanted)
@@ -149,22 +145,19 @@ class _Life:
         if run.state != run_service_pb2.RUN_STATE_SUCCEEDED:
             raise Internal(f"{run.name} ended as {run_service_pb2.RunState.Name(run.state)}: {run.error}")
         first = await self._generate(f"{story.policy}/aliases/live", story.prompts[0])
-        first_token_at_s = time.time() - (first.total_s - first.first_token_s)
         self._say(f"{run.published_revision} published and served, first answer {first.text!r}")
         if first.revision != run.published_revision:
             raise Internal(f"{run.published_revision} was promoted, but {first.revision} answered")
         self._report.seconds[f"{story.policy} {run.WhichOneof('recipe')}"] = time.perf_counter() - start_s
-        return run, first_token_at_s
+        return run
 
-    async def _note_handoff(self, run: run_service_pb2.Run, first_token_at_s: float) -> None:
-        """Times of the run's events share the machine's clock with this process: everything runs on loopback."""
-        at_s = {event.kind: event.time.ToNanoseconds() / 1e9 for event in run.events}
-        moments = [kind for kind in ("trained", "saved", "published", "promoted") if kind in at_s]
+    async def _note_handoff(self, run: run_service_pb2.Run) -> None:
+        """What moved the run's last state into the engine: its bytes, and the time by the run's own figures."""
+        steps = [dict(step.metrics) async for step in self._client.runs.steps(run.name)]
+        self._report.grpo = LoopFigures.of(steps)
+        parts = {phase: steps[-1][f"{phase}_ms"] for phase in ("save", *HANDOFF)}
+        self._report.handoff_parts_ms, self._report.handoff_ms = parts, sum(parts.values())
         revision = await self._client.revisions.get(run.published_revision)
-        self._report.handoff_ms = (first_token_at_s - at_s["trained"]) * 1000
-        stops = [*(at_s[kind] for kind in moments), first_token_at_s]
-        for name, begin_s, end_s in zip([*moments[1:], "first_token"], stops, stops[1:], strict=False):
-            self._report.handoff_parts_ms[name] = (end_s - begin_s) * 1000
         state = run.latest_training_state
         self._report.blob_bytes = revision.blob.size_bytes
         # trainer → store → exporter (weights), exporter → store → node (the packed blob)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["PHASES", "LoopFigures"]
+__all__ = ["HANDOFF", "PHASES", "LoopFigures"]
 
 PHASES = ("sample", "score", "persist", "update", "save", "export", "load", "first_token")
 """In the order of a step. ``sample`` begins with the load of the new revision and its first token, which are phases of
@@ -43,10 +43,11 @@ class LoopFigures:
         total_ms = sum(step["step_ms"] for step in steps)
 
         def share(phases: Sequence[str]) -> float:
-            return sum(step[f"{phase}_ms"] for step in steps for phase in phases) / total_ms
+            # A step that another attempt finished lacks the phases of the first.
+            return sum(step.get(f"{phase}_ms", 0.0) for step in steps for phase in phases) / total_ms
 
         def median(name: str) -> float:
-            return statistics.median(step[name] for step in steps)
+            return statistics.median(step[name] for step in steps if name in step)
 
         return cls(
             num_steps=len(steps),

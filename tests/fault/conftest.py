@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from support import fault_scorers
 from support.conductor import Conductor, armed, conducting
-from support.fault_scorers import install_fault_scorer
+from support.scorer_packages import write_scorer_package
 from support.stack import Stack, running_stack
 from support.tiny_models import make_tiny_llama
 
@@ -42,27 +43,38 @@ def armed_state(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def conductor(armed_state: Path) -> Iterator[Conductor]:
+def permanent_conductor(armed_state: Path) -> Iterator[Conductor]:
     """Of the armed installation, from before its start to after its end: whoever stops must go on."""
     with conducting(armed_state / "logs") as conductor:
         yield conductor
 
 
+@pytest.fixture
+def conductor(permanent_conductor: Conductor) -> Iterator[Conductor]:
+    """For one test, which may fail and leave somebody standing."""
+    yield permanent_conductor
+    permanent_conductor.release()
+
+
 @pytest.fixture(scope="session")
 def armed_stack(
-    base: Path, armed_state: Path, conductor: Conductor, tmp_path_factory: pytest.TempPathFactory
+    base: Path, armed_state: Path, permanent_conductor: Conductor, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Stack]:
     """Everything up with all failpoints of a GRPO step armed, leases that end soon and a scorer that misbehaves."""
-    environ = (
-        armed(POINTS)
-        | install_fault_scorer(tmp_path_factory.mktemp("scorers"))
-        | {
-            "MINT_RUNS_LEASE_TTL_S": str(LEASE_TTL_S),
-            "MINT_RUNS_LEASE_MARGIN_S": "1",
-            # Deaths of the worker are what is wanted here; each costs its run a claim.
-            "MINT_CATALOG_MAX_RUN_ATTEMPTS": "100",
-        }
+    scorers = tmp_path_factory.mktemp("scorers")
+    write_scorer_package(
+        scorers,
+        package="mint_fault_scorers",
+        source=Path(fault_scorers.__file__).read_text(),
+        entry_points={fault_scorers.SCORER: "mint_fault_scorers:make_fault_scorer"},
     )
+    environ = armed(POINTS) | {
+        "PYTHONPATH": str(scorers),
+        "MINT_RUNS_LEASE_TTL_S": str(LEASE_TTL_S),
+        "MINT_RUNS_LEASE_MARGIN_S": "1",
+        # Deaths of the worker are what is wanted here; each costs its run a claim.
+        "MINT_CATALOG_MAX_RUN_ATTEMPTS": "100",
+    }
     with running_stack(armed_state, base, environ=environ) as running:
         yield running
 

@@ -63,6 +63,7 @@ class Conductor:
         self._logs: dict[str, LogReader] = {}
         self._announced: list[_Announced] = []
         self._wanted: dict[str, asyncio.Future[Held]] = {}
+        self._held: list[Held] = []
         self._lock = threading.Lock()
 
     async def hold(self, point: str, *, timeout_s: float) -> Held:
@@ -73,7 +74,8 @@ class Conductor:
             self._wanted[point] = held
         try:
             async with asyncio.timeout(timeout_s):
-                return await held
+                self._held.append(await held)
+                return self._held[-1]
         except BaseException as error:
             if held.done() and not held.cancelled():
                 held.result().go_on()  # delivered while the caller gave up
@@ -83,6 +85,13 @@ class Conductor:
         finally:
             with self._lock:
                 self._wanted.pop(point, None)
+
+    def release(self) -> None:
+        """Let everybody go on whom a test has left standing."""
+        for held in self._held:
+            if _process_state(held.pid) == "T":
+                held.go_on()
+        self._held.clear()
 
     def conduct(self, until: threading.Event) -> None:
         """Let everybody go on who is not waited for, until the event is set."""

@@ -1,4 +1,4 @@
-"""A scorer that does what each example asks of it, and the package metadata by which a runs worker finds it."""
+"""A scorer that does what each example asks of it. It is installed as a package of its own: it knows no tests."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ import os
 import threading
 import zlib
 from collections.abc import Mapping
-from pathlib import Path
 
 from mint_scorers import Sample, Scorer
 
-__all__ = ["SCORER", "install_fault_scorer", "make_fault_scorer"]
+__all__ = ["SCORER", "make_fault_scorer"]
 
 SCORER = "as-the-example-says"
 
@@ -37,14 +36,3 @@ def score(sample: Sample) -> float:
     if behaviour == "exit":
         os._exit(3)
     raise RuntimeError(f"this scorer was asked to {behaviour}")
-
-
-def install_fault_scorer(folder: Path) -> dict[str, str]:
-    """Write the metadata of an installed distribution to ``folder``; the environment in which Python finds it."""
-    metadata = folder / "mint_fault_scorers-1.dist-info"
-    metadata.mkdir(parents=True)
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: mint-fault-scorers\nVersion: 1\n")
-    (metadata / "entry_points.txt").write_text(
-        f"[mint.scorers]\n{SCORER} = {make_fault_scorer.__module__}:{make_fault_scorer.__name__}\n"
-    )
-    return {"PYTHONPATH": os.pathsep.join((str(folder), str(Path(__file__).parents[1])))}

@@ -47,9 +47,12 @@ class LogReader:
 
 
 def fields_of(line: bytes) -> dict[str, Any]:
-    """What a line says; nothing if it is not one of ours, as those that libraries write."""
+    """What a line says; nothing if it is not one of ours, as those that libraries write.
+
+    Ours is written at once, but it may follow what a library's progress bar left without an end.
+    """
     try:
-        fields: object = json.loads(line)
+        fields: object = json.loads(line[max(0, line.find(b"{")) :])
     except ValueError:
         return {}
     return fields if isinstance(fields, dict) else {}

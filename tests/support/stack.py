@@ -169,7 +169,7 @@ def running_stack(state: Path, base: Path, *arguments: str, environ: dict[str, s
     """``mint up`` … ``mint down``; whatever happens, nothing keeps running."""
     stack = Stack(state, base, {"OMP_NUM_THREADS": "1"} | (environ or {}))
     env = os.environ | stack.extra_environ
-    command = [MINT, "up", "--state-dir", state, "--base", base, "--dtype", "float32", *arguments]
+    command = [str(MINT), "up", "--state-dir", str(state), "--base", str(base), "--dtype", "float32", *arguments]
     try:
         up = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=200)
         if up.returncode != 0:

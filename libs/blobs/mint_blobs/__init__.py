@@ -13,7 +13,7 @@
 from __future__ import annotations
 
 from mint_blobs.digests import digest_bytes, digest_file
-from mint_blobs.keys import StateKeys, blob_key, blob_prefix, rollout_key, state_keys
+from mint_blobs.keys import StateKeys, blob_key, blob_prefix, rollout_key, rollout_prefix, state_keys
 from mint_blobs.objects import ObjectInfo, ObjectStore
 from mint_blobs.settings import ObjectStoreSettings
 
@@ -27,5 +27,6 @@ __all__ = [
     "digest_bytes",
     "digest_file",
     "rollout_key",
+    "rollout_prefix",
     "state_keys",
 ]

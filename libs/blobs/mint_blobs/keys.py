@@ -21,7 +21,7 @@ from mint_blobs.digests import digest_hex
 from mint_core.errors import InvalidArgument
 from mint_core.names import PolicyName, check_digest, check_id
 
-__all__ = ["StateKeys", "blob_key", "blob_prefix", "check_key", "rollout_key", "state_keys"]
+__all__ = ["StateKeys", "blob_key", "blob_prefix", "check_key", "rollout_key", "rollout_prefix", "state_keys"]
 
 _SEGMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]*")
 _MAX_KEY_BYTES = 1024
@@ -75,12 +75,21 @@ def state_keys(policy: PolicyName, run: str, step: int, fence: int) -> StateKeys
     )
 
 
+def rollout_prefix(policy: PolicyName, run: str) -> str:
+    """Prefix of all rollout batches of ``run``."""
+    return _run_prefix("rollouts", policy, run)
+
+
 def rollout_key(policy: PolicyName, run: str, step: int, fence: int) -> str:
     """Key of the rollout batch that the holder of ``fence`` made for ``step`` (from 1) of ``run``."""
     return _run_key("rollouts", policy, run, step, fence)
 
 
+def _run_prefix(kind: str, policy: PolicyName, run: str) -> str:
+    return f"tenants/{policy.tenant}/{kind}/{policy.policy}/{check_id(run, field='run')}/"
+
+
 def _run_key(kind: str, policy: PolicyName, run: str, step: int, fence: int) -> str:
     if step < 0 or fence < 0:
         raise InvalidArgument(f"step is {step} and fence is {fence}: neither may be negative", field="step")
-    return f"tenants/{policy.tenant}/{kind}/{policy.policy}/{check_id(run, field='run')}/{step:08d}-{fence}"
+    return f"{_run_prefix(kind, policy, run)}{step:08d}-{fence}"

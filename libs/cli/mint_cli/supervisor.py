@@ -22,7 +22,7 @@ from mint_cli.state import RunningService, Snapshot, StateDir
 from mint_client import Endpoints, MintClient
 from mint_core import log
 from mint_core.clock import Deadline
-from mint_core.errors import DeadlineExceeded, MintError
+from mint_core.errors import DeadlineExceeded, FailedPrecondition, MintError
 
 __all__ = ["Supervisor", "stop_group", "stop_leftovers"]
 
@@ -33,6 +33,8 @@ _MAX_BACKOFF_S = 30.0
 _STEADY_S = 60.0
 """A process that lived this long before it died is restarted at once."""
 _POLL_S = 0.1
+_MAX_DEATHS_AT_START = 4
+"""Deaths before a service was healthy once: a wrong setting does not heal, a port that was just taken may."""
 
 
 class _Child:
@@ -145,7 +147,8 @@ class Supervisor:
     async def run(self) -> None:
         """Start all stages, keep them running until :meth:`stop`, stop them in reverse order.
 
-        Raises :class:`DeadlineExceeded` when something did not become healthy in time; all is stopped then.
+        Raises :class:`DeadlineExceeded` when something did not become healthy in time, :class:`FailedPrecondition` when
+        it kept ending; all is stopped then.
         """
         keepers: list[asyncio.Task[None]] = []
         writer = asyncio.create_task(self._write_snapshots())
@@ -181,9 +184,14 @@ class Supervisor:
                     await self._register_base_model(child.spec.address)
 
     async def _until_healthy(self, child: _Child, deadline: Deadline) -> None:
+        path = self._state.logs / f"{child.spec.name}.log"
         while not await is_healthy(child.spec.health):
+            if child.num_restarts >= _MAX_DEATHS_AT_START:
+                raise FailedPrecondition(
+                    f"{child.spec.name} ended {child.num_restarts} times before it was healthy; mend what its log "
+                    f"{path} ends with: {last_line(path)}"
+                )
             if deadline.remaining_s <= 0:
-                path = self._state.logs / f"{child.spec.name}.log"
                 raise DeadlineExceeded(
                     f"{child.spec.name} did not become healthy within {self._start_timeout_s:g} s; its log {path} ends "
                     f"with: {last_line(path)}"

@@ -1,4 +1,4 @@
-"""The digest of a base model's folder: what makes "the same base" a fact and not a path.
+"""What a base model's folder tells: its digest, which makes "the same base" a fact and not a path, and its routing.
 
 The digest is the SHA-256 of a manifest, one line ``<sha256>  <size>  <relative path>`` for each file in path order.
 Files are hashed in parallel; a file's hash is cached beside the user's other caches under its device, inode, size and
@@ -15,10 +15,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from mint_core.errors import InvalidArgument
+from mint_core.errors import FailedPrecondition, InvalidArgument
 from mint_core.files import atomic_file
 
-__all__ = ["FolderDigest", "cache_folder", "digest_of_folder"]
+__all__ = ["FolderDigest", "cache_folder", "digest_of_folder", "routed_top_k"]
 
 _CHUNK_BYTES = 4 * 1024 * 1024
 
@@ -60,6 +60,21 @@ def digest_of_folder(folder: Path, *, num_threads: int = 4, use_cache: bool = Tr
         size_bytes += size
         manifest.update(f"{file_hash}  {size}  {path.relative_to(folder).as_posix()}\n".encode())
     return FolderDigest(f"sha256:{manifest.hexdigest()}", size_bytes)
+
+
+def routed_top_k(folder: Path) -> int:
+    """Experts that each layer of the base chooses for a token, by its ``config.json``; 0 if it routes nothing.
+
+    Raises :class:`FailedPrecondition` if that file is absent or unreadable.
+    """
+    path = Path(folder) / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        # Models that see and hear keep their language model's figures apart.
+        top_k = config.get("text_config", config).get("num_experts_per_tok")
+        return int(top_k or 0)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise FailedPrecondition(f"{path} cannot be read: {error}; name a complete Hugging Face folder") from error
 
 
 def _file_sha256(path: Path, use_cache: bool) -> str:

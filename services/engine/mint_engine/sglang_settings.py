@@ -42,8 +42,9 @@ class SglangSettings(BaseModel):
     max_total_tokens: int = Field(default=16_384, ge=64)
     """Tokens in the key-value pool; on a GPU 0 is not offered, name what memory allows."""
 
-    max_running_requests: int = Field(default=16, ge=1)
-    """Requests in one batch."""
+    max_running_requests: int = Field(default=64, ge=1)
+    """Requests in one batch. Where the weights' way through memory decides, four times the requests cost little more
+    time than one."""
 
     mem_fraction_static: float = Field(default=0.0, ge=0, lt=1)
     """Share of memory for weights and key-value pool; 0 takes 0.2 of the machine without a GPU and SGLang's choice

@@ -51,15 +51,18 @@ class RunsSettings(ServiceSettings):
     max_concurrent_runs: int = Field(default=4, ge=1, le=64)
     """Runs in progress at the same time; the steps of one wait while the trainer computes another's."""
 
-    max_concurrent_samples: int = Field(default=16, ge=1, le=1024)
+    max_concurrent_samples: int = Field(default=64, ge=1, le=1024)
     """Completions that one run asks inference for at the same time."""
 
     sample_timeout_s: float = Field(default=900.0, gt=0)
     """How long one completion may take before it is asked for again."""
 
+    record_routed_experts: bool = True
+    """Keep with every sample the experts that its tokens went to, where the base routes. Its engines need
+    ``return_routed_experts``; false is for engines that cannot tell."""
+
     replay_routed_experts: bool = False
-    """Record the experts that every sampled token went to and replay them in the update: for a base with routed
-    experts, engines with ``return_routed_experts`` and a trainer that replays."""
+    """Send the recorded experts to the trainer with each update: for a trainer that replays them."""
 
     lease_ttl_s: float = Field(default=30.0, ge=2, le=3600)
     """Time to live of a policy's lease after its last renewal: how long the runs of a dead worker stand still."""
@@ -68,7 +71,7 @@ class RunsSettings(ServiceSettings):
     """Work stops this long before an unrenewed lease ends; covers the drift between two machines' clocks."""
 
     claim_wait_s: float = Field(default=20.0, gt=0)
-    """How long one question for a run waits at the catalog."""
+    """How long one question for a run waits at the catalog; half of lease_ttl_s if that is less."""
 
     report_interval_s: float = Field(default=0.25, gt=0)
     """Progress is written at most this often."""
@@ -87,5 +90,14 @@ class RunsSettings(ServiceSettings):
         if self.lease_margin_s > self.lease_ttl_s / 2:
             raise ValueError(
                 f"lease_margin_s is {self.lease_margin_s}: at most half of lease_ttl_s, which is {self.lease_ttl_s}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _replay_has_a_record(self) -> Self:
+        if self.replay_routed_experts and not self.record_routed_experts:
+            raise ValueError(
+                "replay_routed_experts is true and record_routed_experts is false: nothing is replayed that was not "
+                "recorded; set both or neither"
             )
         return self

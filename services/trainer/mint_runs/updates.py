@@ -33,12 +33,13 @@ def update_data(
     weighting: run_service_pb2.TokenWeighting.ValueType,
     max_new_tokens: int,
     keep_uninformative: bool,
+    replay_routed_experts: bool = False,
 ) -> UpdateData:
     """Advantages by group, weights over all samples that are used.
 
     A sample without a reward or without a token is left out, and so is a group that is not informative, unless
     ``keep_uninformative`` (a KL penalty teaches there too). Weights add up over the samples that are used, so that a
-    step with few of them is as large as any other.
+    step with few of them is as large as any other. Recorded experts go along with ``replay_routed_experts`` only.
     """
     used: list[tuple[RolloutGroup, RolloutSample, float]] = []
     num_uninformative_groups = 0
@@ -56,7 +57,8 @@ def update_data(
     lengths = [len(sample.token_ids) for _, sample, _ in used]
     weights = token_weights(lengths, weighting, max_new_tokens=max_new_tokens)
     data = tuple(
-        _datum(group, sample, value, weight) for (group, sample, value), weight in zip(used, weights, strict=True)
+        _datum(group, sample, value, weight, with_routed_experts=replay_routed_experts)
+        for (group, sample, value), weight in zip(used, weights, strict=True)
     )
     return UpdateData(data, len(used), num_uninformative_groups)
 
@@ -79,18 +81,21 @@ def pieces(data: Sequence[session_service_pb2.Datum]) -> Iterator[list[session_s
         yield piece
 
 
-def _datum(group: RolloutGroup, sample: RolloutSample, advantage: float, weight: float) -> session_service_pb2.Datum:
+def _datum(
+    group: RolloutGroup, sample: RolloutSample, advantage: float, weight: float, *, with_routed_experts: bool
+) -> session_service_pb2.Datum:
     """Prompt and completion, the targets one place ahead; only the completion's targets count."""
     token_ids = (*group.prompt_token_ids, *sample.token_ids)
     masked = [0.0] * (len(group.prompt_token_ids) - 1)
     num_tokens = len(sample.token_ids)
+    experts = sample.routed_experts if with_routed_experts else None
     return session_service_pb2.Datum(
         tokens=token_ids[:-1],
         targets=token_ids[1:],
         weights=[*masked, *[weight] * num_tokens],
         behavior_logprobs=[*masked, *sample.logprobs],
         advantages=[*masked, *[advantage] * num_tokens],
-        routed_experts=b"" if sample.routed_experts is None else sample.routed_experts.astype("<i4").tobytes(),
+        routed_experts=b"" if experts is None else experts.astype("<i4").tobytes(),
     )
 
 

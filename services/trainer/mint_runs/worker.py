@@ -135,10 +135,10 @@ class Worker:
         # A name of its own for each claim: an answer that was lost on its way must never be taken for a later one.
         holder = f"{self._name}-{next(self._claims)}"
         settings = self._settings
+        # Less than a lease lives without renewals: else a stopped worker's open questions would be given its own run.
+        wait_s = min(settings.claim_wait_s, settings.lease_ttl_s / 2)
         try:
-            return await self._work.claim_run(
-                holder, settings.base_model, ttl_s=settings.lease_ttl_s, wait_s=settings.claim_wait_s
-            )
+            return await self._work.claim_run(holder, settings.base_model, ttl_s=settings.lease_ttl_s, wait_s=wait_s)
         except DeadlineExceeded:
             return None
 
@@ -198,13 +198,31 @@ class Worker:
             for ended in (keeper, sender):
                 if ended.done():
                     ended.result()  # raises LeaseLost
-            await attempt.reporter.flush()
-            return recipe.result()
+            return await self._told(attempt, recipe.result(), keeper)
         except LeaseLost as error:
             attempt.lease.lose(error.message)
             raise
         finally:
             await _cancel(recipe, keeper, sender)
+
+    async def _told(self, attempt: Attempt, ending: _Ending, keeper: asyncio.Future[None]) -> _Ending:
+        """``ending``, once the last progress is written: a run that has ended keeps what it showed then.
+
+        Waits for the catalog as other calls do, for as long as the lease is held. Raises :class:`LeaseLost`.
+        """
+        last = asyncio.ensure_future(attempt.reporter.finish(patience_s=self._settings.patience_s))
+        try:
+            await asyncio.wait({last, keeper}, return_when=asyncio.FIRST_COMPLETED)
+            if keeper.done():
+                keeper.result()  # raises LeaseLost
+            last.result()
+        except LeaseLost:
+            raise
+        except MintError as error:
+            return _failed(attempt, error)
+        finally:
+            await _cancel(last)
+        return ending
 
     async def _recipe(self, attempt: Attempt) -> _Ending:
         run = attempt.run

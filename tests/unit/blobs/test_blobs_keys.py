@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mint_blobs.keys import blob_key, blob_prefix, check_key, rollout_key, state_keys
+from mint_blobs.keys import blob_key, blob_prefix, check_key, rollout_key, rollout_prefix, state_keys
 from mint_core.errors import InvalidArgument
 from mint_core.names import PolicyName
 
@@ -20,6 +20,8 @@ def test_layout() -> None:
     assert keys.state == "tenants/acme/states/support/run-7/00000040-123/state.json"
     rollout = rollout_key(PolicyName("acme", "support"), "run-7", 40, 123)
     assert rollout == "tenants/acme/rollouts/support/run-7/00000040-123"
+    assert rollout.startswith(rollout_prefix(PolicyName("acme", "support"), "run-7"))
+    assert not rollout.startswith(rollout_prefix(PolicyName("acme", "support"), "run"))
     for key in (rollout, keys.weights, keys.optimizer, keys.state, blob_key("acme", DIGEST, "s-1")):
         assert check_key(key) == key
 

@@ -24,6 +24,7 @@ from mint_core.base_model import digest_of_folder
 from mint_core.config import load
 from mint_core.errors import DataLoss, DeadlineExceeded, FailedPrecondition, InvalidArgument
 from mint_core.names import BaseModelName
+from mint_engine.settings import EngineSettings
 from mint_exporter.settings import ExporterSettings
 from mint_inference.settings import InferenceSettings
 from mint_loader.settings import LoaderSettings
@@ -113,8 +114,20 @@ def test_every_service_takes_the_settings_it_gets(state: StateDir, tmp_path: Pat
     assert loader.object_store.secret_access_key.get_secret_value() == state.credentials().secret_access_key
     runs = load(RunsSettings, argv, {})
     assert (runs.base_model, runs.base_model_path) == ("baseModels/tiny-base", base.folder)
-    assert tables["engine"]["sglang"] == {"dtype": "bfloat16", "max_lora_rank": 32}
+    assert tables["engine"]["sglang"] == {"dtype": "bfloat16", "max_lora_rank": 32, "return_routed_experts": False}
     assert tables["trainer"]["dtype"] == "bfloat16"
+
+
+def test_routes_are_recorded_where_the_base_routes(state: StateDir, tmp_path: Path) -> None:
+    base = fetch_model(str(write_model(tmp_path / "routes", '{"num_experts": 8, "num_experts_per_tok": 2}')))
+    plan = plan_installation(state, base, UpOptions())
+    state.write_settings(plan.settings_text)
+    argv = ["--config", str(state.settings_path)]
+    assert load(EngineSettings, argv, {}).sglang.return_routed_experts
+    runs = load(RunsSettings, argv, {})
+    assert (runs.record_routed_experts, runs.replay_routed_experts) == (True, False)
+    with pytest.raises(InvalidArgument, match="nothing is replayed that was not recorded; set both or neither"):
+        load(RunsSettings, argv, {"MINT_RUNS_RECORD_ROUTED_EXPERTS": "false", "MINT_RUNS_REPLAY_ROUTED_EXPERTS": "1"})
 
 
 def test_the_worker_is_last_up_and_first_down(state: StateDir, tmp_path: Path) -> None:
@@ -227,7 +240,7 @@ async def test_a_dead_process_takes_with_it_what_it_started(state: StateDir) -> 
 @pytest.mark.usefixtures("healthy_by_file")
 async def test_a_start_that_fails_says_why_and_leaves_nothing(state: StateDir) -> None:
     good = spec("good", BECOME_HEALTHY.format(name="good"))
-    bad = spec("bad", "print('no such base model'); raise SystemExit(1)")
+    bad = spec("bad", "import time; print('no such base model', flush=True); time.sleep(100)")
     never = spec("never", BECOME_HEALTHY.format(name="never"))
     running = Supervisor(state, installation((good,), (bad,), (never,)), start_timeout_s=1.5)
     with pytest.raises(DeadlineExceeded, match=r"bad did not become healthy within 1\.5 s; .*: no such base model"):
@@ -238,6 +251,14 @@ async def test_a_start_that_fails_says_why_and_leaves_nothing(state: StateDir) -
     assert snapshot.error.startswith("DEADLINE_EXCEEDED: bad did not")
     assert not psutil.pid_exists(int((state.path / "good").read_text()))
     assert not (state.path / "never").exists()
+
+
+@pytest.mark.usefixtures("healthy_by_file")
+async def test_a_service_that_keeps_ending_ends_the_start_long_before_its_time(state: StateDir) -> None:
+    bad = spec("bad", "print('unknown setting'); raise SystemExit(1)")
+    running = Supervisor(state, installation((bad,)), start_timeout_s=600)
+    with pytest.raises(FailedPrecondition, match=r"bad ended \d times before it was healthy; .*: unknown setting"):
+        await asyncio.wait_for(running.run(), 30)
 
 
 @pytest.mark.usefixtures("healthy_by_file")

@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from mint_core.base_model import digest_of_folder
-from mint_core.errors import InvalidArgument
+from mint_core.base_model import digest_of_folder, routed_top_k
+from mint_core.errors import FailedPrecondition, InvalidArgument
 
 
 def make(folder: Path, weights: bytes = b"weights") -> Path:
@@ -34,3 +34,25 @@ def test_a_changed_file_is_hashed_again(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidArgument, match=r"config\.json"):
         digest_of_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ("{}", 0),
+        ('{"num_experts_per_tok": 8}', 8),
+        ('{"text_config": {"num_experts_per_tok": 2}}', 2),
+        ('{"num_experts_per_tok": null}', 0),
+    ],
+)
+def test_a_base_that_routes_says_so(tmp_path: Path, config: str, expected: int) -> None:
+    (tmp_path / "config.json").write_text(config)
+    assert routed_top_k(tmp_path) == expected
+
+
+@pytest.mark.parametrize("config", ["[]", "{", '{"num_experts_per_tok": "two"}', None])
+def test_a_base_that_cannot_say_whether_it_routes_is_refused(tmp_path: Path, config: str | None) -> None:
+    if config is not None:
+        (tmp_path / "config.json").write_text(config)
+    with pytest.raises(FailedPrecondition, match="name a complete Hugging Face folder"):
+        routed_top_k(tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import datetime
 import hashlib
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -20,7 +21,7 @@ from mint_api.v1 import (
     run_service_pb2,
     session_service_pb2,
 )
-from mint_blobs import digest_file
+from mint_blobs import ObjectInfo, digest_file
 from mint_core.errors import AlreadyExists, NotFound
 from mint_runs.attempt import Attempt, Outcome
 from mint_runs.lease import HeldLease
@@ -250,6 +251,9 @@ class MemoryWorld:
         self.run = run_service_pb2.Run(name=RUN, policy=POLICY, publish=True, promote_alias="live")
         self.lines = lines
         self.tmp_path = tmp_path
+        self.base = tmp_path / "base"
+        self.base.mkdir(exist_ok=True)
+        (self.base / "config.json").write_text("{}")
         self.objects: dict[str, bytes] = {}
         self.exported: list[tuple[str, int]] = []
         self.promotions: list[tuple[str, int, str]] = []
@@ -257,7 +261,9 @@ class MemoryWorld:
         self.steps: dict[int, run_service_pb2.RunStep] = {}
         self.asked: list[inference_service_pb2.SamplingParams] = []
         self.models: list[str] = []
-        self.answered_by = ""
+        self.asked_routed_experts: set[bool] = set()
+        self.answered_by = self.answered_with = ""
+        self.routed_experts = b""
         self.blob_state = publish_service_pb2.BLOB_STATE_VERIFIED
         self.fence = 10
 
@@ -266,7 +272,9 @@ class MemoryWorld:
         self.run.num_attempts += 1
         run = run_service_pb2.Run()
         run.CopyFrom(self.run)
-        settings = RunsSettings.model_construct(patience_s=0.0, scratch_path=self.tmp_path, max_concurrent_samples=4)
+        settings = RunsSettings.model_construct(
+            base_model_path=self.base, patience_s=0.0, scratch_path=self.tmp_path, max_concurrent_samples=4
+        )
         lease = HeldLease(POLICY, None, ttl_s=1e6, margin_s=1, acquired_at_s=1e9)  # type: ignore[arg-type]
         number = max(self.revisions.published, default=0) + 1
         policy = policy_service_pb2.Policy(
@@ -335,6 +343,10 @@ class MemoryWorld:
     async def delete(self, key: str) -> None:
         del self.objects[key]
 
+    async def list(self, prefix: str) -> AsyncIterator[ObjectInfo]:
+        for key in [key for key in self.objects if key.startswith(prefix)]:
+            yield ObjectInfo(key, len(self.objects[key]), None, datetime.datetime.now(datetime.UTC))
+
     async def commit_training_state(self, name: str, fence: Any, state: common_pb2.TrainingState) -> int:
         self.interrupts.passing()
         assert fence.token == state.fence
@@ -353,24 +365,26 @@ class MemoryWorld:
         self.promotions.append((name, number, request_id))
 
     async def generate(
-        self, model: str, prompt: Any, *, sampling: Any, tenant: str, **_: Any
+        self, model: str, prompt: Any, *, sampling: Any, tenant: str, return_routed_experts: bool, **_: Any
     ) -> AsyncIterator[inference_service_pb2.GenerateResponse]:
         """Three tokens that depend on the model's weights and the seed; a token's log-probability is -id."""
         self.interrupts.passing()
         self.asked.append(sampling)
         self.models.append(model)
+        self.asked_routed_experts.add(return_routed_experts)
         is_base = model == BASE
         assert tenant == ("tenants/acme" if is_base else "")
         digest = "" if is_base else self.revisions.published[int(model.rpartition("/")[2])].blob.digest
         header = inference_service_pb2.GenerationHeader(prompt_token_ids=[ord(c) for c in json.dumps(prompt)])
         header.resolution.revision = self.answered_by or ("" if is_base else model)
-        header.resolution.blob.digest = digest
+        header.resolution.blob.digest = self.answered_with or digest
         header.numerics.engine_version = "memory 1"
         yield inference_service_pb2.GenerateResponse(header=header)
         drawn = hashlib.sha256(f"{digest} {sampling.seed} {prompt}".encode()).digest()
         token_ids = list(drawn[: min(3, sampling.max_new_tokens)])
         await asyncio.sleep(0)
         chunk = inference_service_pb2.GeneratedChunk(
+            routed_experts=self.routed_experts if return_routed_experts else b"",
             text=f"{token_ids[0] % 4}",
             token_ids=token_ids,
             logprobs=[-float(token_id) for token_id in token_ids],

@@ -69,7 +69,7 @@ def sample(reward: float | None, *token_ids: int, routed: bool = False) -> Rollo
     return RolloutSample(token_ids, tuple(-float(t) for t in token_ids), "stop", "", reward, "", experts)
 
 
-def update(*groups: RolloutGroup, keep_uninformative: bool = False) -> UpdateData:
+def update(*groups: RolloutGroup, keep_uninformative: bool = False, replay: bool = False) -> UpdateData:
     batch = RolloutBatch("r", 1, "v", "d", common_pb2.Numerics(), 1.0, groups)
     return update_data(
         batch,
@@ -77,6 +77,7 @@ def update(*groups: RolloutGroup, keep_uninformative: bool = False) -> UpdateDat
         weighting=SEQUENCE_MEAN,
         max_new_tokens=8,
         keep_uninformative=keep_uninformative,
+        replay_routed_experts=replay,
     )
 
 
@@ -94,10 +95,16 @@ def test_only_what_teaches_is_in_the_data() -> None:
     assert list(first.weights) == pytest.approx([0.0, 1 / 4, 1 / 4])
     assert list(first.behavior_logprobs) == [0.0, -1.0, -2.0]
     assert list(first.advantages) == pytest.approx([0.0, 0.5, 0.5])
-    assert first.routed_experts == np.array([0, 1, 2], "<i4").tobytes()
+    assert first.routed_experts == b""
     assert (list(second.tokens), list(second.targets)) == ([50, 51], [51, 3])
     assert list(second.weights) == pytest.approx([0.0, 1 / 2])
     assert list(second.advantages) == pytest.approx([0.0, -0.5])
+
+
+def test_recorded_experts_go_to_the_trainer_where_they_are_replayed() -> None:
+    first, second = update(TEACHES, replay=True).data
+    assert first.routed_experts == np.array([0, 1, 2], "<i4").tobytes()
+    assert second.routed_experts == b""
 
 
 def test_a_penalty_keeps_what_else_teaches_nothing() -> None:

@@ -150,6 +150,11 @@ def test_what_the_format_cannot_hold_is_refused(tmp_path: Path) -> None:
     mixed = RolloutGroup(1, (1, 2), (*example(routed=True).groups[0].samples, *example().groups[0].samples))
     with pytest.raises(InvalidArgument, match="2 of 4 samples have routed experts"):
         write_batch(RolloutBatch("r", 1, "v", "d", common_pb2.Numerics(), 1.0, (mixed,)), tmp_path / "b")
+    for expert in (-1, 1 << 16):
+        routed = RolloutSample((1,), (0.0,), "stop", "", 0.0, "", np.array([[[expert]]], dtype=np.int32))
+        group = RolloutGroup(1, (1,), (routed,))
+        with pytest.raises(InvalidArgument, match=r"routed experts are .*: a batch holds those from 0 to 65535"):
+            write_batch(RolloutBatch("r", 1, "v", "d", common_pb2.Numerics(), 1.0, (group,)), tmp_path / "b")
 
 
 def damaged(tmp_path: Path, tensors: dict[str, Any], document: dict[str, Any] | str) -> Path:

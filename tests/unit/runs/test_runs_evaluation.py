@@ -118,7 +118,7 @@ async def test_a_cancel_ends_an_evaluation(tmp_path: Path, scoring: MemoryScorin
 async def test_the_base_never_answers_for_a_revision(tmp_path: Path, scoring: MemoryScoring) -> None:
     world = evaluation_world(tmp_path)
     world.answered_by = f"{POLICY}/revisions/2"
-    with pytest.raises(FailedPrecondition, match=r"revisions/1 was asked and .*revisions/2 answered"):
+    with pytest.raises(FailedPrecondition, match=r"revisions/1  was asked and .*revisions/2 sha256:.* answered"):
         await run_evaluation(world.attempt())
 
 

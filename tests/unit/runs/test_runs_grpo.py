@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from unit.runs.memory_world import DIGEST, POLICY, RUN, Killed, MemoryWorld
 
@@ -250,10 +251,71 @@ async def test_the_penalty_gets_reference_logprobs(tmp_path: Path, scoring: Memo
     assert world.steps[1].metrics["num_used_samples"] == 6
 
 
+def routing_world(tmp_path: Path) -> tuple[MemoryWorld, list[Any]]:
+    """A world whose base chooses 2 experts in each of 3 layers, and what the trainer gets as its data."""
+    world = grpo_world(tmp_path, num_steps=1)
+    (world.base / "config.json").write_text('{"num_experts_per_tok": 2}')
+    num_tokens = len(json.dumps("p0")) + 3 - 1
+    world.routed_experts = np.arange(num_tokens * 3 * 2, dtype="<i4").tobytes()
+    sent: list[Any] = []
+    original = world.trainer.forward_backward
+
+    async def note(session: str, seq: int, data: Any, **kwargs: Any) -> Any:
+        sent.extend(data)
+        return await original(session, seq, data, **kwargs)
+
+    world.trainer.forward_backward = note  # type: ignore[method-assign]
+    return world, sent
+
+
+@pytest.mark.parametrize("replay", [False, True])
+async def test_routed_experts_are_kept_always_and_replayed_where_asked(
+    tmp_path: Path, scoring: MemoryScoring, replay: bool
+) -> None:
+    world, sent = routing_world(tmp_path)
+    attempt = world.attempt()
+    attempt.settings = attempt.settings.model_copy(update={"replay_routed_experts": replay})
+    await run_grpo(attempt)
+    for sample in batches(world)[1].samples():
+        assert sample.routed_experts.shape == (6, 3, 2)
+        assert sample.routed_experts.astype("<i4").tobytes() == world.routed_experts
+    assert {datum.routed_experts for datum in sent} == {world.routed_experts if replay else b""}
+
+
+async def test_no_routed_experts_are_asked_for_where_engines_cannot_tell(
+    tmp_path: Path, scoring: MemoryScoring
+) -> None:
+    world, _ = routing_world(tmp_path)
+    attempt = world.attempt()
+    attempt.settings = attempt.settings.model_copy(update={"record_routed_experts": False})
+    await run_grpo(attempt)
+    assert world.asked_routed_experts == {False}
+    assert all(sample.routed_experts is None for sample in batches(world)[1].samples())
+
+
+async def test_a_base_that_does_not_route_is_not_asked_for_routes(tmp_path: Path, scoring: MemoryScoring) -> None:
+    world = grpo_world(tmp_path, num_steps=1)
+    await world.finish(run_grpo)
+    assert world.asked_routed_experts == {False}
+
+
+async def test_routed_experts_that_do_not_fit_are_refused(tmp_path: Path, scoring: MemoryScoring) -> None:
+    world, _ = routing_world(tmp_path)
+    world.routed_experts = world.routed_experts[:-4]
+    with pytest.raises(FailedPrecondition, match=r"recorded 35 routed experts for 6 tokens, expected 2"):
+        await run_grpo(world.attempt())
+    assert not world.rollouts.kept
+
+
 async def test_another_revision_never_answers(tmp_path: Path, scoring: MemoryScoring) -> None:
     world = grpo_world(tmp_path)
     world.answered_by = f"{POLICY}/revisions/99"
-    with pytest.raises(FailedPrecondition, match=r"revisions/1 was asked and .*revisions/99 answered"):
+    with pytest.raises(
+        FailedPrecondition, match=r"revisions/1 sha256:.* was asked and .*revisions/99 sha256:.* answered"
+    ):
+        await run_grpo(world.attempt())
+    world.answered_by, world.answered_with = "", "sha256:other"
+    with pytest.raises(FailedPrecondition, match=r"revisions/1 sha256:.* was asked and .*revisions/1 sha256:other"):
         await run_grpo(world.attempt())
     assert not world.rollouts.kept
 
@@ -340,8 +402,10 @@ async def test_a_lost_lease_stops_the_next_write(tmp_path: Path, scoring: Memory
     assert not world.rollouts.kept
 
 
-async def test_expired_batches_of_the_policy_are_swept(tmp_path: Path, scoring: MemoryScoring) -> None:
+async def test_expired_and_forgotten_batches_are_swept(tmp_path: Path, scoring: MemoryScoring) -> None:
     world = grpo_world(tmp_path, num_steps=1)
+    orphan = "tenants/acme/rollouts/tone/r1/00000001-7"
+    world.objects[orphan] = b"an earlier worker died before its pointer"
     for key, expires_at_s in (("old", 1), ("new", 1 << 33)):
         pointer = rollout_service_pb2.Rollout(run="tenants/acme/runs/r0", step=1, object_key=key)
         pointer.expire_time.FromSeconds(expires_at_s)
@@ -350,6 +414,7 @@ async def test_expired_batches_of_the_policy_are_swept(tmp_path: Path, scoring: 
     await world.finish(run_grpo)
     assert set(world.rollouts.kept) == {f"{POLICY}/rollouts/new", f"{POLICY}/rollouts/r1-000001"}
     assert "old" not in world.objects
+    assert orphan not in world.objects
     assert "new" in world.objects
 
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mint_core.errors import FailedPrecondition, InvalidArgument
+from mint_core.errors import InvalidArgument
 from mint_runs.prompts import PromptExample, parse_prompts
-from mint_runs.routing import routed_top_k
 
 
 def parse(*lines: Any) -> list[PromptExample]:
@@ -65,18 +63,3 @@ def test_a_bad_line_is_named(line: Any, problem: str) -> None:
     assert caught.value.message.startswith("prompts line 2: ")
     assert problem in caught.value.message
     assert '{"prompt": text, …}' in caught.value.message
-
-
-def test_a_base_that_routes_says_so(tmp_path: Path) -> None:
-    config = tmp_path / "config.json"
-    for text, expected in (
-        ("{}", 0),
-        ('{"num_experts_per_tok": 8}', 8),
-        ('{"text_config": {"num_experts_per_tok": 2}}', 2),
-        ('{"num_experts_per_tok": null}', 0),
-    ):
-        config.write_text(text)
-        assert routed_top_k(tmp_path) == expected
-    config.write_text("[]")
-    with pytest.raises(FailedPrecondition, match="name a complete Hugging Face folder"):
-        routed_top_k(tmp_path)

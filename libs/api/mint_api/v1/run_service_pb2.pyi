@@ -285,8 +285,8 @@ class GrpoRecipe(_message.Message):
     max_new_tokens: _builtins.int
     """Longest completion in tokens; required."""
     temperature: _builtins.float
-    """Sampling temperature; 0 means 1. The recorded log-probabilities are those of temperature 1, so another temperature
-    makes the samples off-policy.
+    """Sampling temperature; 0 means 1. The log-probabilities that engines return are those of temperature 1 whatever this
+    is, as the trainer's are: samples of another temperature come from a distribution that no ratio corrects for.
     """
     clip_epsilon: _builtins.float
     """The ratio is clipped below 1 - clip_epsilon; 0 means 0.2."""
@@ -610,9 +610,11 @@ class RunStep(_message.Message):
 
     @_builtins.property
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
-        """More figures by name; GRPO: "reward_mean", "reward_std", "num_samples", "num_unscored", "num_uninformative_groups",
-        "behavior_kl", "clip_fraction", "entropy", "tokens_per_s", "sample_ms", "score_ms", "persist_ms", "update_ms",
-        "save_ms", "export_ms", "load_ms", "first_token_ms", "step_ms".
+        """More figures by name; GRPO: "reward_mean", "reward_std", "num_samples", "num_unscored", "num_used_samples",
+        "num_uninformative_groups", "num_tokens" (generated), "behavior_kl", "reference_kl", "clip_fraction", "entropy" (mean
+        of -log p over the sampled tokens), "learning_rate", "grad_norm", "tokens_per_s", "sample_ms", "score_ms",
+        "persist_ms", "update_ms", "save_ms", "export_ms", "load_ms", "first_token_ms", "step_ms". What did not happen in the
+        attempt that did the step is left out: a batch that was found was not sampled.
         """
 
     def __init__(

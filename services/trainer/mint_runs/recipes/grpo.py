@@ -14,13 +14,13 @@ from collections.abc import Iterator
 
 from mint_api.v1 import revision_service_pb2, run_service_pb2
 from mint_core import clock
+from mint_core.base_model import routed_top_k
 from mint_runs.attempt import Attempt, Outcome
 from mint_runs.grpo_plan import GrpoPlan
 from mint_runs.prompts import parse_prompts
 from mint_runs.rollouts.batch import RolloutBatch
 from mint_runs.rollouts.making import GeneratingRevision, MadeBatch, RolloutMaker
 from mint_runs.rollouts.storage import RolloutStorage
-from mint_runs.routing import routed_top_k
 from mint_runs.scoring import open_scorer
 from mint_runs.step_session import StepSession
 from mint_runs.training import STEPPED, Training
@@ -36,7 +36,7 @@ async def run_grpo(attempt: Attempt) -> Outcome:
     prompts = await attempt.read_lines(
         recipe.prompts, lambda lines: parse_prompts(lines, source="prompts"), source="prompts"
     )
-    top_k = await asyncio.to_thread(routed_top_k, settings.base_model_path) if settings.replay_routed_experts else 0
+    top_k = await asyncio.to_thread(routed_top_k, settings.base_model_path) if settings.record_routed_experts else 0
     storage = RolloutStorage(attempt, ttl_s=plan.rollout_ttl_s)
     training = Training(attempt, num_steps=plan.num_steps)
     async with open_scorer(
@@ -45,7 +45,7 @@ async def run_grpo(attempt: Attempt) -> Outcome:
         maker = RolloutMaker(attempt, plan, prompts, scoring, storage, routed_top_k=top_k)
         async with contextlib.aclosing(_GrpoLoop(attempt, plan, training, maker)) as loop:
             await training.run(loop.work)
-    await storage.sweep(saved_step=plan.num_steps)
+    await storage.sweep()
     return Outcome(attempt.published_revision)
 
 
@@ -124,7 +124,6 @@ class _GrpoLoop:
         if plan.max_staleness and step < plan.num_steps:
             self._make_ahead(step + 1)
         figures = run_service_pb2.RunStep(step=step)
-        figures.time.GetCurrentTime()
         self._figures = {step - 1: self._figures[step - 1]} if step - 1 in self._figures else {}
         self._figures[step] = figures
         figures.metrics.update(made.figures | _batch_figures(made.batch))
@@ -160,6 +159,7 @@ class _GrpoLoop:
             weighting=plan.weighting,
             max_new_tokens=plan.max_new_tokens,
             keep_uninformative=plan.kl_coefficient > 0,
+            replay_routed_experts=self._attempt.settings.replay_routed_experts,
         )
         loss_sum, num_tokens, sums = 0.0, 0, dict[str, float]()
         for data in pieces(update.data):
@@ -179,6 +179,7 @@ class _GrpoLoop:
         # The weights of the tokens have made a mean of the sum already.
         applied = await session.optim_step(optimizer, gradient_scale=1.0)
         await STEPPED.reached()
+        figures.time.GetCurrentTime()
         figures.loss = loss_sum
         figures.metrics.update(
             num_used_samples=update.num_used_samples,
@@ -210,10 +211,11 @@ class _GrpoLoop:
             figures.metrics["step_ms"] = taken_s * 1000.0
             figures.metrics["tokens_per_s"] = figures.metrics["num_tokens"] / taken_s
         self._attempt.reporter.step(figures)
-        self._progress.tokens_per_s = figures.metrics["tokens_per_s"]
-        self._progress.metrics.clear()
-        self._progress.metrics.update(figures.metrics)
-        self._attempt.reporter.progress(self._progress)
+        if figures.step == self._progress.step:
+            self._progress.tokens_per_s = figures.metrics["tokens_per_s"]
+            self._progress.metrics.clear()
+            self._progress.metrics.update(figures.metrics)
+            self._attempt.reporter.progress(self._progress)
 
 
 _MEAN_NAMES = {"num_clipped": "clip_fraction"}

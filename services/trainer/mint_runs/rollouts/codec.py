@@ -84,8 +84,7 @@ def write_batch(batch: RolloutBatch, path: Path) -> WrittenFile:
             raise InvalidArgument(
                 f"{len(routed)} of {len(samples)} samples have routed experts: all of a batch have them or none"
             )
-        experts = np.concatenate(routed)
-        tensors["routed_experts"] = experts.astype(np.uint8 if experts.max(initial=0) < 1 << 8 else np.uint16)
+        tensors["routed_experts"] = _experts(np.concatenate(routed))
     document = {
         "format": FORMAT,
         "run": batch.run,
@@ -238,6 +237,13 @@ class _Reader:
 def _token_ids(token_ids: Any) -> Array:
     ids = np.array(list(token_ids), dtype=np.int32)
     return ids.astype(np.uint16) if ids.max(initial=0) < 1 << 16 else ids
+
+
+def _experts(experts: Array) -> Array:
+    least, most = int(experts.min(initial=0)), int(experts.max(initial=0))
+    if least < 0 or most >= 1 << 16:
+        raise InvalidArgument(f"routed experts are {least} to {most}: a batch holds those from 0 to {(1 << 16) - 1}")
+    return experts.astype(np.uint8 if most < 1 << 8 else np.uint16)
 
 
 def _ends(lengths: Any) -> Array:

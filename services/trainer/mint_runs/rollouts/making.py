@@ -91,7 +91,7 @@ class RolloutMaker:
             return MadeBatch(found)
         if is_first and attempt.run.num_attempts > 1:
             attempt.reporter.event(
-                "resampled", f"no batch of step {step} is stored: it is sampled anew from {generating.name}"
+                "resampled", f"an earlier attempt stored no batch of step {step}: it is sampled from {generating.name}"
             )
         indices = step_indices(self._plan.seed, step - 1, self._plan.num_prompts_per_step, len(self._prompts))
         prompts = [self._prompts[index] for index in indices]
@@ -135,7 +135,12 @@ class RolloutMaker:
     def _sampler(self, generating: GeneratingRevision) -> Sampler:
         attempt = self._attempt
         return Sampler(
-            attempt.client, attempt.settings, model=generating.name, tenant=attempt.tenant, check=attempt.check
+            attempt.client,
+            attempt.settings,
+            model=generating.name,
+            tenant=attempt.tenant,
+            check=attempt.check,
+            digest=generating.digest,
         )
 
     async def _sample(
@@ -244,7 +249,7 @@ def _routed_experts(generation: Generation, top_k: int) -> npt.NDArray[np.int32]
     if not len(experts) or len(experts) % (num_tokens * top_k):
         raise FailedPrecondition(
             f"{generation.engine_replica} recorded {len(experts)} routed experts for {num_tokens} tokens, expected "
-            f"{top_k} for each of the base's layers: set return_routed_experts of the engine, or replay_routed_experts "
+            f"{top_k} for each of the base's layers: set return_routed_experts of the engine, or record_routed_experts "
             "of runs to false"
         )
     return experts.reshape(num_tokens, -1, top_k)

@@ -64,11 +64,14 @@ class Sampler:
         model: str,
         tenant: str,
         check: Callable[[], None],
+        digest: str = "",
     ) -> None:
-        """``model`` is a revision name, or a base model name to ask the base for ``tenant`` (a tenant's id)."""
+        """``model`` is a revision name, or a base model name to ask the base for ``tenant`` (a tenant's id);
+        ``digest`` is the revision's, if it is known."""
         self._client = client
         self._settings = settings
         self._model = model
+        self._digest = digest
         self._tenant = f"tenants/{tenant}"
         self._is_base = model.startswith("baseModels/")
         self._check = check
@@ -82,12 +85,19 @@ class Sampler:
     ) -> Sampled:
         """Sample each of ``wanted`` (prompt and seed); ``note`` is told how many are done.
 
-        An interrupted sample is asked for again with the same seed. Raises :class:`InvalidArgument` naming the line of
-        a prompt that inference refuses, :class:`FailedPrecondition` when another revision answered, and what inference
-        keeps answering when patience is over.
+        The first sample of each prompt goes ahead, the others follow when its first token is there: an engine computes
+        a prompt once and takes it from its prefix cache for them. An interrupted sample is asked for again with the
+        same seed. Raises :class:`InvalidArgument` naming the line of a prompt that inference refuses,
+        :class:`FailedPrecondition` when another revision answered or an engine cannot tell the routed experts that the
+        plan asks for, and what inference keeps answering when patience is over.
         """
         batch = _Batch(asyncio.Semaphore(self._settings.max_concurrent_samples), clock.monotonic_s(), note)
-        tasks = [asyncio.ensure_future(self._one(prompt, seed, plan, batch)) for prompt, seed in wanted]
+        computed: dict[int, asyncio.Event] = {}
+        tasks = []
+        for prompt, seed in wanted:
+            ahead = computed.get(prompt.line)
+            mine = computed.setdefault(prompt.line, asyncio.Event())
+            tasks.append(asyncio.ensure_future(self._one(prompt, seed, plan, batch, after=ahead, computed=mine)))
         try:
             generations = await asyncio.gather(*tasks)
         finally:
@@ -100,25 +110,47 @@ class Sampler:
             first_token_ms=max(0.0, batch.first_token_at_s - batch.first_header_at_s) * 1000.0,
         )
 
-    async def _one(self, prompt: PromptExample, seed: int, plan: SamplingPlan, batch: _Batch) -> Generation:
+    async def _one(
+        self,
+        prompt: PromptExample,
+        seed: int,
+        plan: SamplingPlan,
+        batch: _Batch,
+        *,
+        after: asyncio.Event | None,
+        computed: asyncio.Event,
+    ) -> Generation:
+        """One sample: begun ``after`` its prompt was computed for another one; ``computed`` is set when it is."""
+        if after is not None:
+            await after.wait()
         async with batch.room:
             try:
                 generation = await patiently(
                     "inference",
-                    lambda: self._generate(prompt, seed, plan, batch),
+                    lambda: self._generate(prompt, seed, plan, batch, computed),
                     patience_s=self._settings.patience_s,
                 )
             except InvalidArgument as error:
+                if error.field == "return_routed_experts":
+                    # Not the prompt's fault: whoever runs the engines has to look.
+                    raise FailedPrecondition(
+                        f"{self._model} was to be sampled with its routed experts: {error.message}; start the engines "
+                        "with return_routed_experts, or set record_routed_experts of runs to false"
+                    ) from error
                 raise InvalidArgument(
                     f"the prompt of line {prompt.line} cannot be sampled: {error.message}", field=error.field
                 ) from error
+            finally:
+                computed.set()
         batch.num_done += 1
         batch.note(batch.num_done)
         if batch.num_done == 1:
             await _SAMPLING.reached()
         return generation
 
-    async def _generate(self, prompt: PromptExample, seed: int, plan: SamplingPlan, batch: _Batch) -> Generation:
+    async def _generate(
+        self, prompt: PromptExample, seed: int, plan: SamplingPlan, batch: _Batch, computed: asyncio.Event
+    ) -> Generation:
         self._check()
         sampling = inference_service_pb2.SamplingParams(
             max_new_tokens=plan.max_new_tokens, temperature=plan.temperature, stop=plan.stop, seed=seed
@@ -133,15 +165,16 @@ class Sampler:
             timeout_s=self._settings.sample_timeout_s,
         )
         try:
-            generation = await gather(batch.observed(responses))
+            generation = await gather(batch.observed(responses, computed))
         except MintError as error:
             raise _as_interruption(error) from error
         if generation.finish_reason not in ("stop", "length"):
             raise Unavailable(f"a sample ended by {generation.finish_reason}: the engine gave it up; asked for again")
-        if generation.revision != ("" if self._is_base else self._model):
+        asked = ("" if self._is_base else self._model, self._digest or generation.digest)
+        if (generation.revision, generation.digest) != asked:
             raise FailedPrecondition(
-                f"{self._model} was asked and {generation.revision or 'the base'} answered: no sample of another model "
-                "is used; look at inference",
+                f"{self._model} {self._digest} was asked and {generation.revision or 'the base'} {generation.digest} "
+                "answered: no sample of another model is used; look at inference",
                 metadata={"expected": self._model, "actual": generation.revision},
             )
         if len(generation.logprobs) != len(generation.token_ids):
@@ -164,16 +197,18 @@ class _Batch:
     first_token_at_s: float = 0.0
 
     async def observed(
-        self, responses: AsyncIterator[inference_service_pb2.GenerateResponse]
+        self, responses: AsyncIterator[inference_service_pb2.GenerateResponse], computed: asyncio.Event
     ) -> AsyncIterator[inference_service_pb2.GenerateResponse]:
-        """``responses``, with the batch's first header and first token noted."""
+        """``responses``, with the batch's first header and first token noted; ``computed`` is set at their own first
+        token."""
         async for response in responses:
             if response.WhichOneof("content") == "header":
                 if not self.first_header_at_s:
                     self.first_header_at_s = clock.monotonic_s()
                     await _LOADED.reached()
-            elif response.chunk.token_ids and not self.first_token_at_s:
-                self.first_token_at_s = clock.monotonic_s()
+            elif response.chunk.token_ids:
+                self.first_token_at_s = self.first_token_at_s or clock.monotonic_s()
+                computed.set()
             yield response
 
 

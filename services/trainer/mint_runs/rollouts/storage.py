@@ -1,7 +1,7 @@
 """Where a run's rollout batches are kept: an object in the store, and the catalog's pointer that makes it the batch.
 
 The object is put first. Its key carries the writer's fence, so a worker that died between the two leaves an object that
-nothing points at and nobody overwrites.
+nothing points at and nobody overwrites; it is swept when the run ends.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from google.protobuf import timestamp_pb2
 
 from mint_api.v1 import common_pb2, rollout_service_pb2
-from mint_blobs import rollout_key
+from mint_blobs import rollout_key, rollout_prefix
 from mint_core import clock, failpoints, log
 from mint_core.errors import BlobCorrupt, LeaseLost, MintError, NotFound
 from mint_core.names import PolicyName, RunName
@@ -120,22 +120,27 @@ class RolloutStorage:
         await _PERSISTED.reached()
         return kept
 
-    async def sweep(self, *, saved_step: int) -> None:
-        """Delete this policy's expired batches, the object before its pointer, so that none is forgotten.
+    async def sweep(self) -> None:
+        """Delete what is not needed once the run is done: this policy's expired batches, each object before its
+        pointer, so that none is forgotten; and this run's objects that got no pointer.
 
-        Batches of this run's steps after ``saved_step`` stay: it may go on from them. What fails is left for the next
-        sweep. Raises :class:`LeaseLost`.
+        What fails is left for the next sweep. Raises :class:`LeaseLost`.
         """
         attempt = self._attempt
+        kept: set[str] = set()
         try:
             async for pointer in attempt.client.rollouts.list(str(self._policy)):
-                is_needed = pointer.run == attempt.run.name and pointer.step > saved_step
-                if is_needed or pointer.expire_time.ToNanoseconds() > clock.wall_s() * 1e9:
+                if pointer.expire_time.ToNanoseconds() > clock.wall_s() * 1e9:
+                    kept.add(pointer.object_key)
                     continue
                 attempt.lease.check()
                 await attempt.store.delete(pointer.object_key)
                 await attempt.client.rollouts.delete(pointer.name, attempt.fence)
                 _log.info("expired rollout deleted", extra={"fields": {"rollout": pointer.name}})
+            async for info in attempt.store.list(rollout_prefix(self._policy, self._run_id)):
+                if info.key not in kept:
+                    attempt.lease.check()
+                    await attempt.store.delete(info.key)
         except LeaseLost:
             raise
         except MintError as error:
