@@ -36,10 +36,10 @@ class Plan:
     batch_size: int = 8
     grpo_steps: int = 24
     """GRPO steps on top, whose last state is served as revision 2 of the story."""
-    grpo_learning_rate: float = 1.5e-4
+    grpo_learning_rate: float = 3e-4
     grpo_warmup_steps: int = 3
     """AdamW's first updates move every weight by the whole learning rate, whatever the gradient's size."""
-    num_prompts_per_step: int = 12
+    num_prompts_per_step: int = 8
     group_size: int = 6
     max_new_tokens: int = 16
     num_concurrent: int = 50
@@ -58,11 +58,11 @@ async def live_one_life(client: MintClient, plan: Plan, say: Say, flush_prefix_c
     """Born, taught by examples, served, improved by rewards, rolled back."""
     base = await client.base_models.get(plan.base_model)
     stories = {}
-    for tenant, policy in (("acme", "triage"), ("globex", "dates")):
+    for tenant, policy, scorer in (("acme", "triage", "json_fields"), ("globex", "dates", "exact_match")):
         prompts, references = read_examples(plan.data / f"{policy}_heldout.jsonl")
         lora = common_pb2.LoraConfig(rank=8, alpha=16, init_seed=plan.seed)
         created = await client.policies.create(tenant, policy, base_model=plan.base_model, lora=lora)
-        stories[policy] = PolicyStory(created.name, prompts, references)
+        stories[policy] = PolicyStory(created.name, prompts, references, scorer)
         say(f"{created.name} created over {plan.base_model}")
     main, other = stories["triage"], stories["dates"]
     report = Report(plan.seed, plan.base_model, base.digest, base.size_bytes, main, other)
@@ -108,12 +108,14 @@ class _Life:
         await self._train(story, run_service_pb2.Run(sft=recipe), shown_every=8)
 
     async def reinforce(self, story: PolicyStory, data: str) -> None:
-        """GRPO on top: the policy's own answers, rewarded where they are exactly right; ``live`` is promoted at the
-        end. Each step publishes a revision, and the next step samples from it."""
+        """GRPO on top: the policy's own answers, rewarded by what is right in them; ``live`` is promoted at the end.
+
+        Each step publishes a revision, and the next step samples from it.
+        """
         plan = self._plan
         recipe = run_service_pb2.GrpoRecipe(
             prompts=await self._upload(story, f"{data}_train.jsonl"),
-            scorer="exact_match",
+            scorer=story.scorer,
             num_steps=plan.grpo_steps,
             num_prompts_per_step=plan.num_prompts_per_step,
             group_size=plan.group_size,

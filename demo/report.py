@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from demo.loop import LoopFigures
-from demo.statistics import Interval, exact_match, paired_bootstrap
+from demo.statistics import Interval, paired_bootstrap
+from mint_scorers import Sample, make_scorer
 
 __all__ = ["PolicyStory", "Report", "Served"]
 
@@ -41,18 +42,20 @@ class PolicyStory:
     policy: str
     prompts: list[str]
     references: list[str]
+    scorer: str
+    """The scorer that judges the answers, the same that a GRPO run is rewarded by."""
     served: dict[str, Served] = field(default_factory=dict)
 
     def scores(self) -> dict[str, float]:
-        """Share of exact matches of each version."""
-        return {name: sum(one) / len(one) for name, one in self._matches().items()}
+        """Mean reward of each version."""
+        return {name: sum(one) / len(one) for name, one in self._rewards().items()}
 
     def gains(self) -> dict[str, Interval]:
         """Difference between each version and the one before it."""
-        matches = self._matches()
-        order = [version for version in ("base", "revision_1", "revision_2") if version in matches]
+        rewards = self._rewards()
+        order = [version for version in ("base", "revision_1", "revision_2") if version in rewards]
         return {
-            f"{after} - {before}": paired_bootstrap(matches[before], matches[after])
+            f"{after} - {before}": paired_bootstrap(rewards[before], rewards[after])
             for before, after in itertools.pairwise(order)
         }
 
@@ -61,8 +64,15 @@ class PolicyStory:
         before, after = (self.served[version].exact_token_ids for version in ("revision_1", "rolled_back"))
         return bool(before) and before == after
 
-    def _matches(self) -> dict[str, list[float]]:
-        return {name: exact_match(one.answers, self.references) for name, one in self.served.items()}
+    def _rewards(self) -> dict[str, list[float]]:
+        scorer = make_scorer(self.scorer, {})
+        return {
+            name: [
+                scorer(Sample(prompt, answer, {"completion": reference}))
+                for prompt, answer, reference in zip(self.prompts, one.answers, self.references, strict=True)
+            ]
+            for name, one in self.served.items()
+        }
 
 
 @dataclass(slots=True)
@@ -112,6 +122,7 @@ class Report:
         def story(one: PolicyStory) -> dict[str, Any]:
             return {
                 "policy": one.policy,
+                "scorer": one.scorer,
                 "scores": one.scores(),
                 "gains": {
                     name: {"mean": gain.mean, "low": gain.low, "high": gain.high} for name, gain in one.gains().items()
@@ -171,7 +182,7 @@ def _show_answers(console: Console, story: PolicyStory, num_shown: int = 4) -> N
 
 def _show_scores(console: Console, story: PolicyStory) -> None:
     shown = "   ".join(f"{name.replace('_', ' ')} [bold]{score:.3f}[/]" for name, score in story.scores().items())
-    console.print(f"{story.policy}: share of exact answers on {len(story.prompts)} held-out prompts: {shown}")
+    console.print(f"{story.policy}: mean reward ({story.scorer}) on {len(story.prompts)} held-out prompts: {shown}")
     for name, gain in story.gains().items():
         console.print(
             f"  {name.replace('_', ' ')}: {gain.mean:+.3f}, 95% interval [{gain.low:+.3f}, {gain.high:+.3f}]",

@@ -1,4 +1,4 @@
-"""Scores and their uncertainty."""
+"""How sure a difference of scores is."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["Interval", "exact_match", "paired_bootstrap"]
+__all__ = ["Interval", "paired_bootstrap"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,11 +22,6 @@ class Interval:
     def is_gain(self) -> bool:
         """Whether the whole interval lies above 0."""
         return self.low > 0
-
-
-def exact_match(answers: Sequence[str], references: Sequence[str]) -> list[float]:
-    """1.0 where the answer is the reference, white space at the ends aside, else 0.0."""
-    return [float(answer.strip() == reference.strip()) for answer, reference in zip(answers, references, strict=True)]
 
 
 def paired_bootstrap(

@@ -9,6 +9,7 @@ recipe. This room imports nothing of MinT: such a package then depends on little
 :mod:`mint_scorers.options`       reading a scorer's options
 :mod:`mint_scorers.process`       one scorer in a process of its own: a line of JSON in, a line of JSON out
 :mod:`mint_scorers.exact_match`   shipped: the completion is the reference
+:mod:`mint_scorers.json_fields`   shipped: how much of a reference object the completion has right
 :mod:`mint_scorers.json_schema`   shipped: the completion is JSON that a schema accepts
 :mod:`mint_scorers.arithmetic`    shipped: the last number of the completion is the right one
 ==============================  ==================================================================================

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
@@ -14,6 +13,7 @@ from referencing.exceptions import Unresolvable
 
 from mint_scorers.options import known_options, number_option
 from mint_scorers.scorer import Sample, field_of
+from mint_scorers.strict_json import parse_json
 
 __all__ = ["JsonSchema"]
 
@@ -54,8 +54,8 @@ class JsonSchema:
         if validator is None:
             validator = _validator(field_of(sample.example, "schema"), "the example's schema")
         try:
-            value = _parse(sample.completion)
-        except (ValueError, RecursionError):
+            value = parse_json(sample.completion)
+        except ValueError:
             return 0.0
         try:
             return 1.0 if validator.is_valid(value) else self.parses
@@ -63,20 +63,11 @@ class JsonSchema:
             raise ValueError(f"the schema refers to {error.ref!r}, which is not in it; nothing is fetched") from error
 
 
-def _parse(text: str) -> Any:
-    """A JSON value; :class:`ValueError` also for the constants that Python adds to JSON."""
-    return json.loads(text, parse_constant=_refuse_constant)
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
-
-
 def _validator(schema: Any, what: str) -> Any:
     if isinstance(schema, str):
         try:
-            schema = _parse(schema)
-        except (ValueError, RecursionError) as error:
+            schema = parse_json(schema)
+        except ValueError as error:
             raise ValueError(f"{what} is not JSON: {error}") from None
     cls = validator_for(schema if isinstance(schema, dict) else {}, default=Draft202012Validator)
     try:

@@ -46,7 +46,13 @@ async def build(settings: TrainerSettings) -> AsyncIterator[Services]:
         base = await thread.run(partial(load, settings.base_model_path), Ticket())
         _log.info(
             "base loaded",
-            extra={"fields": {"digest": base.digest, "seconds": round(clock.monotonic_s() - started_s, 1)}},
+            extra={
+                "fields": {
+                    "digest": base.digest,
+                    "seconds": round(clock.monotonic_s() - started_s, 1),
+                    "shares_prefixes": base.shares_prefixes,
+                }
+            },
         )
         await check_registered_base(
             settings.catalog_address,
@@ -67,6 +73,7 @@ async def build(settings: TrainerSettings) -> AsyncIterator[Services]:
                 max_datum_tokens=min(settings.max_datum_tokens, base.max_context_tokens),
                 max_step_tokens=settings.max_step_tokens,
                 micro_batch_tokens=settings.micro_batch_tokens,
+                share_prefixes=settings.share_prefixes,
             ),
             SessionLimits(
                 max_sessions=settings.max_sessions,

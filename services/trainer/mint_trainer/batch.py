@@ -1,8 +1,8 @@
 """What a step is computed on: checked token sequences, and how they are cut into micro-batches.
 
 The shift is the caller's: ``targets[i]`` is what should follow ``tokens[0..i]``, so for a text ``t`` of n+1 tokens
-``tokens = t[:-1]`` and ``targets = t[1:]``. Inside, the sequences are right-padded and masked; nothing computed for a
-padded position is ever read.
+``tokens = t[:-1]`` and ``targets = t[1:]``. Inside, the sequences become right-padded, masked rows (see
+:mod:`mint_trainer.rows`); nothing computed for a padded position is ever read.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from mint_core.errors import InvalidArgument
+from mint_trainer.rows import MAX_SHARED_ROW_TOKENS, Row, attention_of, rows_of
 
 __all__ = ["BatchLimits", "Datum", "MicroBatch", "check_data", "micro_batches"]
 
@@ -52,20 +53,27 @@ class BatchLimits:
     """All tokens of one step."""
     micro_batch_tokens: int
     """Padded tokens computed at once; a single longer sequence is computed alone."""
+    share_prefixes: bool = True
+    """Whether tokens with which consecutive data begin alike are computed once."""
 
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """Some consecutive data of a step as tensors; N is the number of real (not padded) tokens."""
+    """Some consecutive data of a step as tensors; N is the number of their tokens, shared ones counted every time."""
 
     first: int
     """Index in the step of the first datum."""
     lengths: tuple[int, ...]
     """Number of tokens of each datum."""
     token_ids: torch.Tensor
-    """int64 ``[batch, length]``, right-padded."""
+    """int64 ``[rows, length]``, right-padded."""
     attention_mask: torch.Tensor
-    """int64 ``[batch, length]``, 1 at real tokens."""
+    """int64 ``[rows, length]``, 1 at real tokens; bool ``[rows, 1, length, length]``, what is seen from where, if
+    a row is shared."""
+    position_ids: torch.Tensor | None
+    """int64 ``[rows, length]``; ``None`` if no row is shared, when they simply count."""
+    places: torch.Tensor
+    """int64 ``[N]``: where in the flattened ``[rows * length]`` each token of the data is computed."""
     targets: torch.Tensor
     """int64 ``[N]``, data after data."""
     weights: torch.Tensor
@@ -77,12 +85,13 @@ class MicroBatch:
     reference_logprobs: torch.Tensor | None
     """float32 ``[N]``, if every datum of the step has them."""
 
-    def positions(self) -> torch.Tensor:
-        """Indices ``[N]`` of the real tokens in the flattened ``[batch * length]``."""
-        return self.attention_mask.flatten().nonzero().squeeze(1)
+    @property
+    def is_shared(self) -> bool:
+        """Whether some tokens are computed for several data."""
+        return self.position_ids is not None
 
     def datum_index(self) -> torch.Tensor:
-        """int64 ``[N]``: which datum of this micro-batch each real token belongs to."""
+        """int64 ``[N]``: which datum of this micro-batch each token belongs to."""
         return torch.arange(len(self.lengths)).repeat_interleave(torch.tensor(self.lengths))
 
 
@@ -142,30 +151,40 @@ def _check_datum(datum: Datum, where: str, limits: BatchLimits) -> None:
 
 def micro_batches(data: Sequence[Datum], limits: BatchLimits) -> Iterator[MicroBatch]:
     """Cut checked ``data`` in their order; how it is cut depends on nothing but the data and the limits."""
-    start = 0
-    while start < len(data):
-        end, longest = start, 0
-        while end < len(data):
-            longest = max(longest, len(data[end].tokens))
-            if end > start and longest * (end + 1 - start) > limits.micro_batch_tokens:
-                break
-            end += 1
-        yield _as_tensors(start, data[start:end])
-        start = end
+    rows: list[Row] = []
+    start = num_data = longest = 0
+    for row in rows_of([datum.tokens for datum in data], limits.micro_batch_tokens if limits.share_prefixes else 0):
+        longest = max(longest, len(row.token_ids))
+        # What is seen from where is a square of the length: rows too long to be shared stay away from shared ones.
+        is_too_long = longest > MAX_SHARED_ROW_TOKENS and any(each.is_shared for each in (*rows, row))
+        if rows and (is_too_long or longest * (len(rows) + 1) > limits.micro_batch_tokens):
+            yield _as_tensors(start, data[start : start + num_data], rows)
+            start += num_data
+            rows, num_data, longest = [], 0, len(row.token_ids)
+        rows.append(row)
+        num_data += len(row.paths)
+    if rows:
+        yield _as_tensors(start, data[start:], rows)
 
 
-def _as_tensors(first: int, data: Sequence[Datum]) -> MicroBatch:
-    lengths = tuple(len(datum.tokens) for datum in data)
-    token_ids = torch.zeros(len(data), max(lengths), dtype=torch.int64)
-    attention_mask = torch.zeros_like(token_ids)
-    for row, datum in enumerate(data):
-        token_ids[row, : lengths[row]] = torch.tensor(datum.tokens, dtype=torch.int64)
-        attention_mask[row, : lengths[row]] = 1
+def _as_tensors(first: int, data: Sequence[Datum], rows: Sequence[Row]) -> MicroBatch:
+    length = max(len(row.token_ids) for row in rows)
+    shape = (len(rows), length)
+    token_ids, position_ids, is_token = (torch.zeros(shape, dtype=torch.int64) for _ in range(3))
+    for index, row in enumerate(rows):
+        num_tokens = len(row.token_ids)
+        token_ids[index, :num_tokens] = torch.tensor(row.token_ids)
+        position_ids[index, :num_tokens] = torch.tensor(row.position_ids)
+        is_token[index, :num_tokens] = 1
+    is_shared = any(row.is_shared for row in rows)
+    places = [index * length + place for index, row in enumerate(rows) for path in row.paths for place in path]
     return MicroBatch(
         first=first,
-        lengths=lengths,
+        lengths=tuple(len(datum.tokens) for datum in data),
         token_ids=token_ids,
-        attention_mask=attention_mask,
+        attention_mask=attention_of(rows, length) if is_shared else is_token,
+        position_ids=position_ids if is_shared else None,
+        places=torch.tensor(places),
         targets=torch.tensor([token for datum in data for token in datum.targets], dtype=torch.int64),
         weights=_flat(data, "weights"),
         **{name: _flat(data, name) if len(getattr(data[0], name)) else None for name in _SIDE_INPUTS},

@@ -86,7 +86,7 @@ class TrainingSession:
         loss_sum, logprobs = 0.0, []
         self._adapters.activate(None if reference else self.adapter)
         with torch.no_grad():
-            for batch in micro_batches(data, self._limits):
+            for batch in micro_batches(data, self._batch_limits(with_dropout=False)):
                 values = target_logprobs(self.base, batch, None)
                 loss_sum -= float((batch.weights * values).sum())
                 logprobs += split_logprobs(batch, values)
@@ -97,8 +97,12 @@ class TrainingSession:
         data: Sequence[Datum],
         loss: str = "cross_entropy",
         loss_parameters: Mapping[str, float] | None = None,
+        *,
+        return_logprobs: bool = True,
     ) -> StepResult:
         """Compute ``loss`` and add its gradient to the gathered one.
+
+        Without ``return_logprobs`` the result has none, and those of targets of weight 0 are not computed.
 
         Raises :class:`InvalidArgument` for bad data or parameters, :class:`Unimplemented` for a loss that this build
         does not have, :class:`WrongState` when a ratio, the loss or the gradient is not finite.
@@ -113,10 +117,11 @@ class TrainingSession:
         loss_sum, logprobs, metrics = 0.0, [], dict[str, float]()
         self._adapters.activate(self.adapter)
         with self._clean_gradients(), self._own_randomness():
-            for batch in micro_batches(data, self._limits):
+            for batch in micro_batches(data, self._batch_limits(with_dropout=self.recipe.dropout > 0)):
                 graded = batch.weights != 0
-                values = target_logprobs(self.base, batch, graded)
-                logprobs += split_logprobs(batch, values)
+                values = target_logprobs(self.base, batch, graded, not return_logprobs)
+                if return_logprobs:
+                    logprobs += split_logprobs(batch, values)
                 value = spec.compute(LossInputs.of(batch, values), parameters)
                 loss_sum += float(value.total.detach())
                 for name, figure in value.metrics.items():
@@ -189,6 +194,11 @@ class TrainingSession:
             num_tokens=sum(1 for weight in weights if weight != 0),
             compute_ms=_ms_since(started),
         )
+
+    def _batch_limits(self, *, with_dropout: bool) -> BatchLimits:
+        # In a shared row one dropout mask would be drawn for several data.
+        is_able = self.base.shares_prefixes and not with_dropout
+        return self._limits if is_able else replace(self._limits, share_prefixes=False)
 
     @contextmanager
     def _clean_gradients(self) -> Iterator[None]:

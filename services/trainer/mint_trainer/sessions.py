@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import tempfile
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -245,8 +245,7 @@ class Sessions:
         """Step ``seq``: see :meth:`TrainingSession.forward_backward` and :class:`StepLedger`."""
 
         def compute(session: TrainingSession) -> StepResult:
-            result = session.forward_backward(data, loss, loss_parameters)
-            return result if return_logprobs else replace(result, logprobs=())
+            return session.forward_backward(data, loss, loss_parameters, return_logprobs=return_logprobs)
 
         return await self._in_turn(name, partial(self._step, seq, payload_digest, compute))
 

@@ -77,3 +77,7 @@ class TrainerSettings(ServiceSettings):
 
     micro_batch_tokens: int = Field(default=2048, ge=1)
     """Padded tokens computed at once. Memory grows with it; results are reproducible bit for bit under the same."""
+
+    share_prefixes: bool = True
+    """Whether tokens with which consecutive data of a step begin alike are computed once, where the base can do so and
+    the recipe has no dropout. Results are reproducible bit for bit under the same; the other differs by rounding."""

@@ -7,7 +7,8 @@ import pytest
 from demo import make_data
 from demo.life import read_examples
 from demo.loop import PHASES, LoopFigures
-from demo.statistics import exact_match, paired_bootstrap
+from demo.report import PolicyStory, Served
+from demo.statistics import paired_bootstrap
 
 
 def test_a_clear_gain_excludes_zero_and_noise_does_not() -> None:
@@ -24,8 +25,12 @@ def test_the_interval_agrees_with_the_normal_one() -> None:
     assert interval.high == pytest.approx(0.5 + margin, abs=0.006)
 
 
-def test_exact_match_forgives_white_space_only() -> None:
-    assert exact_match([" a\n", "A", "a b"], ["a", "a", "a  b"]) == [1.0, 0.0, 0.0]
+def test_a_story_is_scored_by_its_scorer() -> None:
+    story = PolicyStory("p", ["a", "b"], ['{"x": 1, "y": 2}'] * 2, "json_fields")
+    story.served["base"] = Served("base", "", "", ["no", '{"x": 1}'])
+    story.served["revision_1"] = Served("revision_1", "r", "d", ['{"x": 1, "y": 2}', '{"x": 1, "y": 3}'])
+    assert story.scores() == {"base": 0.25, "revision_1": 0.75}
+    assert story.gains()["revision_1 - base"].mean == 0.5
 
 
 @pytest.mark.parametrize("name", ["triage", "dates"])

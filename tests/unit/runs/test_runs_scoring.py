@@ -297,7 +297,11 @@ async def test_a_scorer_does_not_see_the_settings_of_the_worker(monkeypatch: pyt
 @pytest.mark.parametrize(
     ("name", "error", "message"),
     [
-        ("nix", NotFound, "there is no scorer 'nix'; this worker has arithmetic, dies, exact_match, json_schema, misb"),
+        (
+            "nix",
+            NotFound,
+            "there is no scorer 'nix'; this worker has arithmetic, dies, exact_match, json_fields, json_schema, misb",
+        ),
         ("", NotFound, "there is no scorer ''; this worker has arithmetic"),
         ("127.0.0.1:80", NotFound, "there is no scorer '127.0.0.1:80'"),
         ("misbehaving:options", NotFound, "there is no scorer 'misbehaving:options'"),

@@ -9,7 +9,7 @@ import pytest
 from mint_scorers import UnknownScorer, UnusableScorer, installed_scorers, make_scorer
 from support.scorer_packages import install_scorers
 
-SHIPPED = ["arithmetic", "exact_match", "json_schema"]
+SHIPPED = ["arithmetic", "exact_match", "json_fields", "json_schema"]
 
 SOURCE = """
 def length(options):
@@ -39,7 +39,7 @@ def test_a_package_brings_its_scorers(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_an_unknown_name_is_answered_by_the_known_ones() -> None:
     with pytest.raises(
-        UnknownScorer, match="'nix' is not installed; installed are arithmetic, exact_match, json_schema"
+        UnknownScorer, match="'nix' is not installed; installed are arithmetic, exact_match, json_fields, json_schema"
     ):
         make_scorer("nix", {})
 

@@ -49,6 +49,42 @@ def test_exact_match_cannot_judge_without_a_reference() -> None:
         judge(scorer, "3", label=3)
 
 
+# json_fields
+
+TICKET = '{"team": "billing", "urgency": "low"}'
+
+
+@pytest.mark.parametrize(
+    ("completion", "reward"),
+    [
+        (TICKET, 1.0),
+        (' {"urgency": "low",\n "team": "billing"}\n', 1.0),
+        ('{"team": "billing", "urgency": "high"}', 0.5),
+        ('{"team": "billing"}', 0.5),
+        ('{"team": "billing", "urgency": "low", "why": "money"}', 2 / 3),
+        ('{"team": "account", "urgency": "high", "why": ""}', 0.0),
+        (f"Here it is: {TICKET}", 0.0),
+        ('["billing", "low"]', 0.0),
+        ("[" * 100_000, 0.0),
+        ("", 0.0),
+    ],
+)
+def test_json_fields_counts_what_is_right_of_all_there_is(completion: str, reward: float) -> None:
+    assert judge(make_scorer("json_fields", {}), completion, completion=TICKET) == pytest.approx(reward)
+
+
+def test_json_fields_reads_the_field_it_is_told_as_an_object_and_tells_true_from_one() -> None:
+    scorer = make_scorer("json_fields", {"field": "wanted"})
+    assert judge(scorer, '{"n": 1, "ok": true, "f": [1.0]}', wanted={"n": 1, "ok": True, "f": [1]}) == 1.0
+    assert judge(scorer, '{"n": true}', wanted={"n": 1}) == 0.0
+
+
+@pytest.mark.parametrize("reference", ["not JSON", "[1]", "{}", {}, 3])
+def test_json_fields_cannot_judge_by_what_is_no_object(reference: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match="field 'completion' is"):
+        judge(make_scorer("json_fields", {}), TICKET, completion=reference)
+
+
 # json_schema
 
 PERSON = {"type": "object", "required": ["name"], "properties": {"name": {"type": "string"}}}

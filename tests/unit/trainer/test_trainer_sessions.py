@@ -191,11 +191,11 @@ async def test_caller_that_leaves_during_a_step_finds_the_result_later(
     started, go_on = threading.Event(), threading.Event()
     real, num_runs = TrainingSession.forward_backward, []
 
-    def slow(self: TrainingSession, *args: object) -> StepResult:
+    def slow(self: TrainingSession, *args: object, **options: bool) -> StepResult:
         num_runs.append(1)
         started.set()
         assert go_on.wait(20)
-        return real(self, *args)  # type: ignore[arg-type]
+        return real(self, *args, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(TrainingSession, "forward_backward", slow)
     leaving = asyncio.ensure_future(step(sessions, 1, 1, make_data(1)))
