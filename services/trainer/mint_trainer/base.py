@@ -169,7 +169,7 @@ class ResidentBase:
                     replace(shared, position_ids=torch.arange(shared.token_ids.shape[1]).expand_as(shared.token_ids)),
                 )
             ]
-        except Exception:  # noqa: BLE001  # families refuse in every way there is; all of them mean no
+        except Exception:  # noqa: BLE001 - families refuse in every way there is; all of them mean no
             return False
         return differences[0] <= min(_SHARED_ROW_TOLERANCES[self.dtype], *(each / 4 for each in differences[1:]))
 

@@ -73,7 +73,7 @@ class ScorerProcess:
         started = cls(name, process)
         try:
             await started._make(options)
-        except BaseException:
+        except BaseException:  # failed or cancelled: nobody else knows of the process
             await started.kill()
             raise
         return started
@@ -96,8 +96,7 @@ class ScorerProcess:
             await self.kill()
             self._warn("a scorer timed out")
             return unscored(f"the scorer timed out after {seconds(timeout_s)}")
-        except BaseException:
-            # Cancelled: the answer that is under way would be taken for the next sample's.
+        except BaseException:  # cancelled: the answer that is under way would be taken for the next sample's
             await self.kill()
             raise
         if answer is None:
