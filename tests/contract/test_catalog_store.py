@@ -11,7 +11,7 @@ import pytest
 from unit.catalog.memory_store import MemoryStore
 
 from mint_catalog.etcd import EtcdStore
-from mint_catalog.store import Compare, Delete, Field, LeaseGone, Put, Revision, Store, prefix_end
+from mint_catalog.store import Compare, Delete, DeleteRange, Field, LeaseGone, Put, Revision, Store, prefix_end
 from mint_core.errors import OutOfRange, RevisionCompacted
 from support.etcd import EtcdServer, running_etcd
 
@@ -211,3 +211,43 @@ async def test_deleting_nothing_moves_no_revision(store: Store, prefix: bytes) -
     result = await store.txn([], [Delete(prefix + b"never")])
     assert result.succeeded
     assert result.revision == head
+
+
+async def test_a_compare_of_the_value_ignores_who_wrote_it_again(store: Store, prefix: bytes) -> None:
+    key, other = prefix + b"a", prefix + b"b"
+    await store.txn([], [Put(key, b"verified")])
+    for _ in range(2):
+        touched = await store.txn([Compare(key, Field.VALUE, value=b"verified")], [Put(key, b"verified")])
+        assert touched.succeeded
+    assert not (await store.txn([Compare(key, Field.VALUE, value=b"condemned")], [Put(other, b"1")])).succeeded
+    assert not (await store.txn([Compare(other, Field.VALUE, value=b"")], [Put(other, b"1")])).succeeded
+
+
+async def test_counts_and_scans_of_several_ranges_are_of_one_revision(store: Store, prefix: bytes) -> None:
+    for name in (b"a/1", b"a/2", b"a/3", b"b/1"):
+        written = await store.txn([], [Put(prefix + name, name)])
+    await store.txn([], [Delete(prefix + b"b/1")])
+    ranges = [(prefix + b"a/", prefix + b"a0"), (prefix + b"b/", prefix + b"b0")]
+    first, second = await store.scan_each(ranges, limit=2, revision=written.revision)
+    assert [kv.value for kv in first.values] == [b"a/1", b"a/2"]
+    assert first.more
+    assert [kv.value for kv in second.values] == [b"b/1"]
+    assert not second.more
+    assert await store.count(*ranges[0]) == 3
+    assert await store.count(*ranges[1]) == 0
+    assert await store.count(*ranges[1], revision=written.revision) == 1
+    keys = await store.scan(*ranges[0], limit=9, keys_only=True)
+    assert [(kv.key, kv.value) for kv in keys.values] == [(prefix + name, b"") for name in (b"a/1", b"a/2", b"a/3")]
+
+
+async def test_a_range_is_deleted_in_one_revision(store: Store, prefix: bytes) -> None:
+    await store.txn([], [Put(prefix + name, b"1") for name in (b"a/1", b"a/2", b"b/1")])
+    result = await store.txn([], [DeleteRange(prefix + b"a/", prefix + b"a0"), Put(prefix + b"c", b"1")])
+    left = await store.scan(prefix, prefix_end(prefix), limit=9)
+    assert [kv.key for kv in left.values] == [prefix + b"b/1", prefix + b"c"]
+    changes = (await _take(store.watch(prefix, prefix_end(prefix), after=result.revision - 1), 1))[0].changes
+    assert sorted((change.key, change.deleted) for change in changes) == [
+        (prefix + b"a/1", True),
+        (prefix + b"a/2", True),
+        (prefix + b"c", False),
+    ]

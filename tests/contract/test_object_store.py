@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import AsyncIterator, Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
 from mint_blobs.digests import digest_bytes, digest_file
 from mint_blobs.memory import MemoryObjectStore
-from mint_blobs.objects import ObjectStore
+from mint_blobs.objects import ObjectStore, PartUpload
 from mint_blobs.s3 import S3ObjectStore
 from mint_core.errors import (
     AlreadyExists,
@@ -213,6 +214,30 @@ async def test_list_by_prefix(store: ObjectStore) -> None:
     assert {each.key async for each in store.list(f"{root}/a")} == {each for each in keys if "/a" in each[len(root) :]}
     assert [each.key async for each in store.list(f"{root}/aa/s1")] == [f"{root}/aa/s1"]
     assert [each async for each in store.list("tenants/nobody/")] == []
+
+
+async def test_part_uploads_are_listed_and_given_up(store: ObjectStore, tmp_path: Path) -> None:
+    root = f"tenants/t{secrets.token_hex(4)}/blobs"
+    before = datetime.now(UTC) - timedelta(minutes=1)
+    assert [each async for each in store.list_part_uploads(f"{root}/")] == []
+    for name in ("a", "b"):
+        await begin_part_upload(store, f"{root}/{name}/s1")
+    listed = {each.key: each async for each in store.list_part_uploads(f"{root}/")}
+    assert set(listed) == {f"{root}/a/s1", f"{root}/b/s1"}
+    assert all(before < each.started_at < datetime.now(UTC) + timedelta(minutes=1) for each in listed.values())
+    assert await store.head(f"{root}/a/s1") is None
+    for _ in range(2):
+        await store.abort_part_upload(listed[f"{root}/a/s1"])
+    assert [each.key async for each in store.list_part_uploads(root)] == [f"{root}/b/s1"]
+
+
+async def begin_part_upload(store: ObjectStore, key: str) -> None:
+    """Leave an upload behind as a killed process does."""
+    if isinstance(store, S3ObjectStore):
+        await store._calls.client.create_multipart_upload(Bucket=store._bucket, Key=key)
+    else:
+        assert isinstance(store, MemoryObjectStore)
+        store.part_uploads.append(PartUpload(key, secrets.token_hex(4), datetime.now(UTC)))
 
 
 @pytest.mark.parametrize("bad", ["", "/a", "a/", "a//b", "a/../b", "..", "a/..b", "a b", "a\x00b", "ä", "x" * 1025])

@@ -72,8 +72,9 @@ def armed_stack(
         "PYTHONPATH": str(scorers),
         "MINT_RUNS_LEASE_TTL_S": str(LEASE_TTL_S),
         "MINT_RUNS_LEASE_MARGIN_S": "1",
-        # Deaths of the worker are what is wanted here; each costs its run a claim.
+        # Deaths of the worker are what is wanted here; each costs its run a claim, and must not cost it minutes.
         "MINT_CATALOG_MAX_RUN_ATTEMPTS": "100",
+        "MINT_CATALOG_RUN_RETRY_BACKOFF_MAX_S": "1",
     }
     with running_stack(armed_state, base, environ=environ) as running:
         yield running

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 import os
 import signal
 import subprocess
@@ -18,8 +20,11 @@ import pytest
 from etcd3aio import _protobuf as pb
 
 from mint_api.runtime.v1 import work_service_pb2
-from mint_api.v1 import alias_service_pb2, policy_service_pb2, run_service_pb2
+from mint_api.v1 import alias_service_pb2, common_pb2, policy_service_pb2, run_service_pb2
+from mint_catalog import app, members
+from mint_catalog.etcd import EtcdStore
 from mint_catalog.settings import CatalogSettings
+from mint_catalog.store import Put
 from mint_core import errors
 from support.catalog_rig import CatalogProcess, Rig, digest_of, running_catalog
 from support.etcd import EtcdServer, running_etcd
@@ -27,7 +32,7 @@ from support.etcd import EtcdServer, running_etcd
 
 @pytest.fixture
 def etcd() -> Iterator[EtcdServer]:
-    with running_etcd() as server:
+    with running_etcd(in_memory=True) as server:
         yield server
 
 
@@ -69,7 +74,7 @@ async def test_a_terminated_catalog_tells_watchers_and_waiting_workers(etcd: Etc
     async with process.rig() as rig:
         await rig.base_model()
         watch = rig.stream(rig.aliases.WatchAliases, alias_service_pb2.WatchAliasesRequest(parent="tenants/-"))
-        assert (await anext(watch)).type == policy_service_pb2.WATCH_EVENT_TYPE_BOOKMARK
+        assert (await anext(watch)).type == common_pb2.WATCH_EVENT_TYPE_BOOKMARK
         claiming = asyncio.create_task(rig.claim("worker-0001", wait_s=60))
         watching = asyncio.create_task(_until_the_end(watch))
         await asyncio.sleep(0.5)
@@ -178,34 +183,101 @@ async def test_a_hanging_etcd_is_given_up_in_time(etcd: EtcdServer) -> None:
                     await asyncio.sleep(0.1)
 
 
+async def _resolve(rig: Rig, policy: str, **consistency: Any) -> str:
+    request = alias_service_pb2.ResolveRequest(
+        name=f"{policy}/aliases/live", consistency=common_pb2.Consistency(**consistency)
+    )
+    revision: str = (await rig.call(rig.aliases.Resolve, request)).resolution.revision
+    return revision
+
+
+async def _resolve_for(rig: Rig, policy: str, seconds: float) -> None:
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        await _resolve(rig, policy)
+        await asyncio.sleep(0.05)
+
+
+async def test_what_a_catalog_answers_while_etcd_is_away(etcd: EtcdServer) -> None:
+    """Resolve from memory within the staleness bound, where the request allows it; everything else says UNAVAILABLE."""
+    async with running_catalog(etcd, etcd=etcd.settings(call_timeout_s=1.0), cache_staleness_s=2.0) as rig:
+        policy = await _policy_with_alias(rig)
+        for _ in range(50):  # the first read comes before the watch has told of the move, and is not kept
+            assert await _resolve(rig, policy) == f"{policy}/revisions/1"
+            await asyncio.sleep(0.01)
+        etcd.kill()
+        away_since = time.monotonic()
+        assert await _resolve(rig, policy) == f"{policy}/revisions/1"
+        with pytest.raises(errors.Unavailable) as caught:
+            await _resolve(rig, policy, strong=True)
+        assert caught.value.retry_after_s == 1.0, "RetryInfo"
+        with pytest.raises(errors.Unavailable):
+            await _resolve(rig, policy, min_catalog_revision=1 << 40)
+        with pytest.raises(errors.Unavailable):
+            await rig.call(rig.policies.GetPolicy, policy_service_pb2.GetPolicyRequest(name=policy))
+        with pytest.raises(errors.Unavailable):
+            await rig.promote(policy, 1, alias="other")
+        with pytest.raises(errors.Unavailable):
+            await _resolve_for(rig, policy, 10)
+        assert time.monotonic() - away_since > 1.0, "the bound of two seconds, less the age of the last tick"
+        await asyncio.to_thread(etcd.start)
+        async with asyncio.timeout(15):
+            while True:
+                try:
+                    moved = await rig.promote(policy, 1, alias="other")
+                    assert await _resolve(rig, policy, min_catalog_revision=moved.catalog_revision)
+                    break
+                except errors.Unavailable:
+                    await asyncio.sleep(0.1)
+
+
 @pytest.mark.timeout(180)
-async def test_a_full_etcd_says_so_and_recovers() -> None:
-    with running_etcd("--quota-backend-bytes=8388608") as etcd:
+async def test_a_full_etcd_says_so_and_recovers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By itself once history is compacted, or after an operator has done all by hand; never by a restart."""
+    monkeypatch.setattr(app, "watch_space", functools.partial(members.watch_space, interval_s=0.2))
+    with running_etcd("--quota-backend-bytes=8388608", in_memory=True) as etcd:
         async with running_catalog(etcd) as rig:
-            policy = await rig.policy()
-            update = policy_service_pb2.UpdatePolicyRequest(policy=policy_service_pb2.Policy(name=policy))
-            update.update_mask.paths.append("labels")
-            for number in range(64):
-                update.policy.labels[f"k{number}"] = "x" * 256
-            with pytest.raises(errors.ResourceExhausted, match="quota"):
-                await _fill(rig, update)
-            get = policy_service_pb2.GetPolicyRequest(name=policy)
-            assert (await rig.call(rig.policies.GetPolicy, get)).policy.name == policy
-            await _make_room(etcd)
-            await rig.call(rig.policies.UpdatePolicy, update)
+            policy = await _policy_with_alias(rig)
+            fence = await rig.acquire(policy, "holder-0001")
+            for make_room in (_compact, _make_room):
+                await _fill(etcd)
+                with pytest.raises(errors.ResourceExhausted, match="reached its quota and takes no writes"):
+                    await rig.promote(policy, 1, alias="other")
+                assert await _resolve(rig, policy) == await _resolve(rig, policy, strong=True)
+                get = policy_service_pb2.GetPolicyRequest(name=policy)
+                assert (await rig.call(rig.policies.GetPolicy, get)).policy.name == policy
+                await rig.call(rig.work.RenewLease, work_service_pb2.RenewLeaseRequest(fence=fence))
+                await make_room(etcd)
+                async with asyncio.timeout(10):
+                    while True:
+                        try:
+                            await rig.promote(policy, 1, alias=make_room.__name__.strip("_").replace("_", "-"))
+                            break
+                        except (errors.ResourceExhausted, errors.Unavailable):
+                            await asyncio.sleep(0.1)
 
 
-async def _fill(rig: Rig, update: policy_service_pb2.UpdatePolicyRequest) -> None:
-    for _ in range(2000):
-        await rig.call(rig.policies.UpdatePolicy, update)
+async def _fill(etcd: EtcdServer) -> None:
+    """Write history until the quota is reached."""
+    async with EtcdStore(etcd.settings()) as store:
+        with contextlib.suppress(errors.ResourceExhausted):
+            while True:
+                await store.txn([], [Put(b"/elsewhere", b"x" * 50_000)])
+
+
+async def _compact(etcd: EtcdServer) -> None:
+    """What the catalog does too when history is old enough."""
+    async with grpc.aio.insecure_channel(etcd.endpoint) as channel:
+        kv = pb.KVStub(channel)
+        head = (await kv.Range(pb.RangeRequest(key=b"x"))).header.revision
+        await kv.Compact(pb.CompactionRequest(revision=head, physical=True))
 
 
 async def _make_room(etcd: EtcdServer) -> None:
-    """What an operator does: compact, defragment, disarm the alarm."""
+    """What an operator may do: compact, defragment, disarm the alarm."""
+    await _compact(etcd)
     async with grpc.aio.insecure_channel(etcd.endpoint) as channel:
-        maintenance, kv = pb.MaintenanceStub(channel), pb.KVStub(channel)
-        head = (await kv.Range(pb.RangeRequest(key=b"x"))).header.revision
-        await kv.Compact(pb.CompactionRequest(revision=head, physical=True))
+        maintenance = pb.MaintenanceStub(channel)
         await maintenance.Defragment(pb.DefragmentRequest())
         raised = await maintenance.Alarm(pb.AlarmRequest(action=pb.AlarmRequest.GET))
         for alarm in raised.alarms:

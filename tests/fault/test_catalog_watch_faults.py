@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from mint_api.v1 import alias_service_pb2, policy_service_pb2
+from mint_api.v1 import alias_service_pb2, common_pb2, policy_service_pb2
 from mint_catalog.etcd import EtcdStore
 from mint_catalog.keys import Keys
 from mint_catalog.store import Put, Revision, prefix_end
@@ -26,7 +26,7 @@ PREFIX = KEYS.family("aliases")
 
 @pytest.fixture
 def etcd() -> Iterator[EtcdServer]:
-    with running_etcd() as server:
+    with running_etcd("--heartbeat-interval=100", "--election-timeout=500", in_memory=True) as server:
         yield server
 
 
@@ -152,7 +152,7 @@ async def test_a_watcher_from_compacted_history_lists_again(etcd: EtcdServer, st
         deleted = await rig.call(rig.aliases.DeleteAlias, delete)
         async with contextlib.aclosing(responses):
             async for response in responses:
-                if response.type == policy_service_pb2.WATCH_EVENT_TYPE_DELETE:
+                if response.type == common_pb2.WATCH_EVENT_TYPE_DELETE:
                     assert response.catalog_revision == deleted.catalog_revision
                     break
 

@@ -50,6 +50,7 @@ from mint_core.errors import (
 from mint_core.names import PolicyName
 from mint_lora import LAYOUT_PACKED, validate_adapter
 from support.adapters import BASE_DIGEST, config_for, delta_weights, dense_shapes, moe_shapes, write_adapter
+from support.children import dying_with_parent
 from support.etcd import EtcdServer, running_etcd
 from support.weed import WeedServer, running_weed
 
@@ -76,7 +77,7 @@ class Process:
     async def start(self, **environ: str) -> None:
         with self.log_path.open("ab") as log:
             self._process = subprocess.Popen(  # noqa: ASYNC220 - starting takes no time, waiting for it does
-                [sys.executable, "-m", f"mint_{self.name}"],
+                dying_with_parent([sys.executable, "-m", f"mint_{self.name}"]),
                 env=os.environ | self._environ | environ,
                 stdin=subprocess.DEVNULL,
                 stdout=log,

@@ -84,6 +84,7 @@ class Node:
     engine: FakeEngine
     engine_address: str
     materials: Materials
+    replica: Replica
     process: asyncio.subprocess.Process | None = None
     stub: pb_grpc.LoaderServiceStub | None = None
     channel: grpc.aio.Channel | None = None
@@ -195,7 +196,7 @@ async def node(tmp_path: Path, weed: WeedServer, materials: Materials) -> AsyncI
     endpoint = EngineEndpointSettings(runtime_listen=f"unix:{tmp_path / 'engine.sock'}", grace_s=0.1)
     async with running("engine", endpoint, build) as addresses, S3ObjectStore(weed.settings()) as store:
         await store.ensure_bucket()
-        node = Node(tmp_path, weed, store, engine, addresses.runtime, materials)
+        node = Node(tmp_path, weed, store, engine, addresses.runtime, materials, replica)
         try:
             yield node
         finally:
@@ -216,6 +217,18 @@ async def test_store_to_disk_to_engine_and_once_for_500(node: Node) -> None:
     assert (status.num_misses, status.num_cached, status.bytes_fetched) == (1, 1, ref.blob.size_bytes)
     assert (await node.ensure(ref)).found_at == pb.TIER_HOST
     assert await node.stop() == 0
+
+
+async def test_what_a_promotion_waits_for_is_loaded_unasked(node: Node) -> None:
+    await node.start(wish_poll_s=0.1)
+    ref = await node.adapter(0)
+    nonsense = pb.AdapterRef(tenant="tenants/acme", object_key="elsewhere")
+    node.replica.to_load[:] = [nonsense, ref]  # as the registration does when the catalog says so
+    async with asyncio.timeout(20):
+        while not node.replica.host.residents():  # noqa: ASYNC110 - another process
+            await asyncio.sleep(0.05)
+    assert [each.digest for each in node.replica.host.residents()] == [ref.blob.digest]
+    assert node.engine.calls == [f"load {ref.blob.digest}"]
 
 
 async def test_what_is_on_disk_survives_a_restart_and_needs_no_store(node: Node) -> None:

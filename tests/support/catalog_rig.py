@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import json
 import os
 import signal
 import socket
@@ -21,12 +22,14 @@ from mint_api.runtime.v1 import (
     publish_service_pb2,
     publish_service_pb2_grpc,
     registry_service_pb2_grpc,
+    usage_report_service_pb2_grpc,
     work_service_pb2,
     work_service_pb2_grpc,
 )
 from mint_api.v1 import (
     alias_service_pb2,
     alias_service_pb2_grpc,
+    audit_service_pb2_grpc,
     base_model_service_pb2,
     base_model_service_pb2_grpc,
     common_pb2,
@@ -39,6 +42,7 @@ from mint_api.v1 import (
     rollout_service_pb2_grpc,
     run_service_pb2,
     run_service_pb2_grpc,
+    usage_service_pb2_grpc,
 )
 from mint_catalog.app import catalog
 from mint_catalog.settings import CatalogSettings
@@ -46,9 +50,9 @@ from mint_core.channel import call, connect, stream
 from mint_core.errors import MintError
 from mint_core.server import running
 from support.children import dying_with_parent
-from support.etcd import EtcdServer
+from support.etcd import EtcdCluster, EtcdServer
 
-__all__ = ["BASE", "BASE_DIGEST", "CatalogProcess", "Rig", "digest_of", "running_catalog"]
+__all__ = ["BASE", "BASE_DIGEST", "CatalogProcess", "Rig", "connected", "digest_of", "running_catalog"]
 
 BASE = "baseModels/tiny"
 BASE_DIGEST = "sha256:" + "b" * 64
@@ -74,6 +78,9 @@ class Rig:
         self.replicas = engine_replica_service_pb2_grpc.EngineReplicaServiceStub(public)
         self.evaluations = evaluation_service_pb2_grpc.EvaluationServiceStub(public)
         self.rollouts = rollout_service_pb2_grpc.RolloutServiceStub(public)
+        self.audit = audit_service_pb2_grpc.AuditServiceStub(public)
+        self.usage = usage_service_pb2_grpc.UsageServiceStub(public)
+        self.usage_reports = usage_report_service_pb2_grpc.UsageReportServiceStub(runtime)
         self.publish = publish_service_pb2_grpc.PublishServiceStub(runtime)
         self.work = work_service_pb2_grpc.WorkServiceStub(runtime)
         self.registry = registry_service_pb2_grpc.RegistryServiceStub(runtime)
@@ -149,17 +156,17 @@ class Rig:
         request = alias_service_pb2.ResolveRequest(name=f"{policy}/aliases/{alias}")
         return (await self.call(self.aliases.Resolve, request)).resolution
 
-    async def run(self, policy: str, run_id: str = "") -> Any:
+    async def run(self, policy: str, run_id: str = "", *, priority: int = 0) -> Any:
         """A queued SFT run."""
-        run = run_service_pb2.Run(policy=policy, sft=run_service_pb2.SftRecipe(num_steps=10))
+        run = run_service_pb2.Run(policy=policy, priority=priority, sft=run_service_pb2.SftRecipe(num_steps=10))
         run.sft.train_data.CopyFrom(await self.blob(policy, "{}"))
         parent = policy.split("/policies/", maxsplit=1)[0]
         request = run_service_pb2.CreateRunRequest(parent=parent, run_id=run_id, run=run)
         return (await self.call(self.runs.CreateRun, request)).run
 
-    async def evaluation(self, policy: str, run_id: str = "") -> Any:
+    async def evaluation(self, policy: str, run_id: str = "", *, priority: int = 0) -> Any:
         """A queued evaluation of the policy's first revision."""
-        run = run_service_pb2.Run(policy=policy)
+        run = run_service_pb2.Run(policy=policy, priority=priority)
         run.evaluation.revision, run.evaluation.scorer = f"{policy}/revisions/1", "exact_match"
         run.evaluation.data.CopyFrom(await self.blob(policy, "{}"))
         parent = policy.split("/policies/", maxsplit=1)[0]
@@ -192,19 +199,20 @@ class Rig:
 
 
 @contextlib.asynccontextmanager
-async def _rig(public: str, runtime: str) -> AsyncIterator[Rig]:
+async def connected(public: str, runtime: str) -> AsyncIterator[Rig]:
+    """The stubs of a catalog that runs already."""
     async with connect(public, retry=False) as public_channel, connect(runtime, retry=False) as runtime_channel:
         yield Rig(public_channel, runtime_channel, public_address=public, runtime_address=runtime)
 
 
 @contextlib.asynccontextmanager
-async def running_catalog(server: EtcdServer, **changes: Any) -> AsyncIterator[Rig]:
+async def running_catalog(server: EtcdServer | EtcdCluster, **changes: Any) -> AsyncIterator[Rig]:
     """A catalog in this process, and its stubs."""
     values = {"etcd": server.settings(), "grace_s": 0.1, "reap_interval_s": 0.5, "tick_interval_s": 0.2} | changes
     settings = CatalogSettings(**values)
     async with (
         running("catalog", settings, lambda: catalog(settings)) as addresses,
-        _rig(addresses.public, addresses.runtime) as rig,
+        connected(addresses.public, addresses.runtime) as rig,
     ):
         yield rig
 
@@ -219,7 +227,7 @@ def _free_port() -> int:
 class CatalogProcess:
     """A catalog in a process of its own; ``kill`` and ``start`` again keep its addresses."""
 
-    def __init__(self, etcd: EtcdServer, log: Path, **environ: str) -> None:
+    def __init__(self, etcd: EtcdServer | EtcdCluster, log: Path, **environ: str) -> None:
         self._etcd = etcd
         self._log = log
         self._environ = environ
@@ -246,7 +254,7 @@ class CatalogProcess:
                     [
                         *(sys.executable, "-m", "mint_catalog", "--listen", self._public),
                         *("--runtime-listen", self._runtime, "--reap-interval-s", "0.5"),
-                        *("--etcd.endpoints", f'["{self._etcd.endpoint}"]'),
+                        *("--etcd.endpoints", json.dumps(self._etcd.endpoints)),
                     ]
                 ),
                 stdin=subprocess.DEVNULL,
@@ -256,7 +264,7 @@ class CatalogProcess:
             )
 
     def rig(self) -> contextlib.AbstractAsyncContextManager[Rig]:
-        return _rig(self._public, self._runtime)
+        return connected(self._public, self._runtime)
 
     def wait_for_death(self) -> int:
         """Wait until it has ended by itself; its exit code."""

@@ -1,4 +1,4 @@
-"""A real etcd for tests: one member on free loopback ports, in a folder of its own, killed by its process id."""
+"""A real etcd for tests: one member or three on free loopback ports, in folders of their own, killed by process id."""
 
 from __future__ import annotations
 
@@ -14,12 +14,15 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from mint_catalog.settings import EtcdSettings
 from support.children import dying_with_parent
 
-__all__ = ["EtcdServer", "find_etcd", "running_etcd"]
+__all__ = ["EtcdCluster", "EtcdServer", "find_etcd", "running_etcd", "running_etcd_cluster"]
+
+_MEMORY = Path("/dev/shm")
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 def find_etcd() -> str:
@@ -41,8 +44,11 @@ def _free_ports(count: int) -> list[int]:
 class EtcdServer:
     """One member; ``kill`` and ``start`` again keep its ports and its data."""
 
-    def __init__(self, folder: Path, *options: str) -> None:
+    def __init__(self, folder: Path, *options: str, name: str = "test") -> None:
         self.folder = folder
+        self.name = name
+        self.cluster: str | None = None
+        """All members as ``name=peer address`` joined by commas; None for this one alone."""
         self._options = options
         self._client_port, self._peer_port = _free_ports(2)
         self._process: subprocess.Popen[bytes] | None = None
@@ -51,6 +57,14 @@ class EtcdServer:
     @property
     def endpoint(self) -> str:
         return f"127.0.0.1:{self._client_port}"
+
+    @property
+    def endpoints(self) -> list[str]:
+        return [self.endpoint]
+
+    @property
+    def peer_url(self) -> str:
+        return f"http://127.0.0.1:{self._peer_port}"
 
     @property
     def log_path(self) -> Path:
@@ -67,20 +81,25 @@ class EtcdServer:
 
     def start(self, timeout_s: float = 30.0) -> None:
         """Start and wait until it has a leader."""
+        self.spawn()
+        self.wait_ready(timeout_s)
+
+    def spawn(self) -> None:
+        """Start, and wait for nothing."""
         assert self._process is None, "etcd is already running"
-        client, peer = f"http://{self.endpoint}", f"http://127.0.0.1:{self._peer_port}"
+        client, peer = f"http://{self.endpoint}", self.peer_url
         self._log = self.log_path.open("ab")
         self._process = subprocess.Popen(
             dying_with_parent(
                 [
                     find_etcd(),
-                    "--name=test",
+                    f"--name={self.name}",
                     f"--data-dir={self.folder / 'data'}",
                     f"--listen-client-urls={client}",
                     f"--advertise-client-urls={client}",
                     f"--listen-peer-urls={peer}",
                     f"--initial-advertise-peer-urls={peer}",
-                    f"--initial-cluster=test={peer}",
+                    f"--initial-cluster={self.cluster or f'{self.name}={peer}'}",
                     "--logger=zap",
                     "--log-level=warn",
                     *self._options,
@@ -91,7 +110,6 @@ class EtcdServer:
             stderr=subprocess.STDOUT,
             cwd=self.folder,
         )
-        self._wait_ready(timeout_s)
 
     def stop(self, signal_number: int = signal.SIGTERM, timeout_s: float = 15.0) -> None:
         """Signal the member and wait for its exit."""
@@ -125,13 +143,20 @@ class EtcdServer:
         """SIGCONT after :meth:`pause`."""
         os.kill(self.pid, signal.SIGCONT)
 
-    def _wait_ready(self, timeout_s: float) -> None:
+    def status(self) -> dict[str, Any]:
+        """Its answer to Maintenance.Status. Raises OSError while it does not answer."""
+        request = urllib.request.Request(f"http://{self.endpoint}/v3/maintenance/status", data=b"{}")
+        with _OPENER.open(request, timeout=1.0) as answer:
+            status: dict[str, Any] = json.load(answer)
+            return status
+
+    def wait_ready(self, timeout_s: float = 30.0) -> None:
+        """Wait until it has a leader."""
         assert self._process is not None
         give_up = time.monotonic() + timeout_s
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         while time.monotonic() < give_up and self._process.poll() is None:
             health = f"http://{self.endpoint}/health"
-            with contextlib.suppress(OSError, ValueError), opener.open(health, timeout=1.0) as answer:
+            with contextlib.suppress(OSError, ValueError), _OPENER.open(health, timeout=1.0) as answer:
                 if json.load(answer)["health"] == "true":
                     return
             time.sleep(0.02)
@@ -140,14 +165,80 @@ class EtcdServer:
         raise RuntimeError(f"etcd did not become ready within {timeout_s} s; the end of its log:\n{tail}")
 
 
+class EtcdCluster:
+    """Several members; those that are alive serve as long as they are more than half."""
+
+    def __init__(self, folder: Path, *options: str, num_members: int = 3) -> None:
+        self.members = [EtcdServer(folder / f"m{each}", *options, name=f"m{each}") for each in range(num_members)]
+        for member in self.members:
+            member.folder.mkdir()
+            member.cluster = ",".join(f"{each.name}={each.peer_url}" for each in self.members)
+
+    @property
+    def endpoints(self) -> list[str]:
+        return [member.endpoint for member in self.members]
+
+    def settings(self, **changes: object) -> EtcdSettings:
+        """Settings of a client of all members."""
+        return EtcdSettings.model_validate({"endpoints": self.endpoints, **changes})
+
+    def start(self) -> None:
+        """Start all members and wait until they have a leader."""
+        for member in self.members:
+            member.spawn()
+        for member in self.members:
+            member.wait_ready()
+
+    def kill(self) -> None:
+        """SIGKILL all members."""
+        for member in self.members:
+            member.kill()
+
+    def leader(self) -> EtcdServer:
+        """The member that leads now."""
+        give_up = time.monotonic() + 15
+        while time.monotonic() < give_up:
+            for member in self.members:
+                with contextlib.suppress(OSError, KeyError):
+                    status = member.status()
+                    if status["leader"] == status["header"]["member_id"]:
+                        return member
+            time.sleep(0.05)
+        raise RuntimeError("etcd has had no leader for 15 s")
+
+
 @contextlib.contextmanager
-def running_etcd(*options: str) -> Iterator[EtcdServer]:
-    """A started member in a temporary folder; stopped and removed at the end. ``options`` go to etcd."""
-    folder = Path(tempfile.mkdtemp(prefix="mint-etcd-"))
-    server = EtcdServer(folder, *options)
+def _folder(in_memory: bool) -> Iterator[Path]:
+    where = _MEMORY if in_memory and _MEMORY.is_dir() else None
+    folder = Path(tempfile.mkdtemp(prefix="mint-etcd-", dir=where))
     try:
-        server.start()
-        yield server
+        yield folder
     finally:
-        server.kill()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def running_etcd(*options: str, in_memory: bool = False) -> Iterator[EtcdServer]:
+    """A started member in a temporary folder; stopped and removed at the end. ``options`` go to etcd.
+
+    ``in_memory`` keeps its files off the disk: a killed process loses nothing there either, and syncing costs nothing.
+    """
+    with _folder(in_memory) as folder:
+        server = EtcdServer(folder, *options)
+        try:
+            server.start()
+            yield server
+        finally:
+            server.kill()
+
+
+@contextlib.contextmanager
+def running_etcd_cluster(*options: str, in_memory: bool = False) -> Iterator[EtcdCluster]:
+    """As :func:`running_etcd`, with three members."""
+    with _folder(in_memory) as folder:
+        cluster = EtcdCluster(folder, *options)
+        try:
+            cluster.start()
+            yield cluster
+        finally:
+            cluster.kill()

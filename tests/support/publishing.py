@@ -45,9 +45,11 @@ async def serve_random_adapter(
     return policy, revision
 
 
-async def answer(client: MintClient, model: str, prompt: str = PROMPT) -> Generation:
+async def answer(client: MintClient, model: str, prompt: str = PROMPT, *, sticky_key: str = "") -> Generation:
     """A short greedy completion with log-probabilities."""
-    return await client.generate_text(model, prompt, sampling=GREEDY, return_logprobs=True, tenant="tenants/acme")
+    return await client.generate_text(
+        model, prompt, sampling=GREEDY, return_logprobs=True, tenant="tenants/acme", sticky_key=sticky_key
+    )
 
 
 def write_sft_data(path: Path, num_examples: int = 24) -> Path:

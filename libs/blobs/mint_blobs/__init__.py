@@ -14,13 +14,14 @@ from __future__ import annotations
 
 from mint_blobs.digests import digest_bytes, digest_file
 from mint_blobs.keys import StateKeys, blob_key, blob_prefix, rollout_key, rollout_prefix, state_keys
-from mint_blobs.objects import ObjectInfo, ObjectStore
+from mint_blobs.objects import ObjectInfo, ObjectStore, PartUpload
 from mint_blobs.settings import ObjectStoreSettings
 
 __all__ = [
     "ObjectInfo",
     "ObjectStore",
     "ObjectStoreSettings",
+    "PartUpload",
     "StateKeys",
     "blob_key",
     "blob_prefix",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import builtins
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -11,7 +12,7 @@ from pathlib import Path
 from mint_blobs._local import read_source, writing_target
 from mint_blobs.digests import digest_bytes
 from mint_blobs.keys import check_key
-from mint_blobs.objects import ObjectInfo
+from mint_blobs.objects import ObjectInfo, PartUpload
 from mint_core.errors import AlreadyExists, BlobCorrupt, DigestMismatch, NotFound, ResourceExhausted
 from mint_core.names import check_digest
 
@@ -29,6 +30,8 @@ class MemoryObjectStore:
 
     def __init__(self) -> None:
         self._objects: dict[str, _Stored] = {}
+        self.part_uploads: builtins.list[PartUpload] = []
+        """Uploads in parts under way; this store makes none itself."""
 
     async def __aenter__(self) -> MemoryObjectStore:
         return self
@@ -103,6 +106,17 @@ class MemoryObjectStore:
         for key, stored in list(self._objects.items()):
             if key.startswith(prefix):
                 yield ObjectInfo(key, stored.info.size_bytes, None, stored.info.modified_at)
+
+    async def list_part_uploads(self, prefix: str) -> AsyncIterator[PartUpload]:
+        await asyncio.sleep(0)
+        for upload in list(self.part_uploads):
+            if upload.key.startswith(prefix):
+                yield upload
+
+    async def abort_part_upload(self, upload: PartUpload) -> None:
+        await asyncio.sleep(0)
+        if upload in self.part_uploads:
+            self.part_uploads.remove(upload)
 
     async def _get(self, key: str) -> _Stored:
         check_key(key)

@@ -8,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Protocol
 
-__all__ = ["ObjectInfo", "ObjectStore"]
+__all__ = ["ObjectInfo", "ObjectStore", "PartUpload"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +26,20 @@ class ObjectInfo:
 
     modified_at: datetime
     """When the store accepted the object, by the store's clock."""
+
+
+@dataclass(frozen=True, slots=True)
+class PartUpload:
+    """An upload in parts that was begun and not completed: invisible, but it takes up space."""
+
+    key: str
+    """Where the object would be."""
+
+    upload_id: str
+    """The store's name for the upload."""
+
+    started_at: datetime
+    """By the store's clock."""
 
 
 class ObjectStore(Protocol):
@@ -111,4 +125,12 @@ class ObjectStore(Protocol):
 
     def list(self, prefix: str) -> AsyncIterator[ObjectInfo]:
         """All objects whose key starts with ``prefix`` (a plain string prefix), without digests."""
+        ...
+
+    def list_part_uploads(self, prefix: str) -> AsyncIterator[PartUpload]:
+        """Uploads in parts below a key prefix that are not completed: under way, or left behind by a killed process."""
+        ...
+
+    async def abort_part_upload(self, upload: PartUpload) -> None:
+        """Give the space of such an upload back; no error if it was completed or aborted."""
         ...

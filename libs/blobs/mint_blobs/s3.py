@@ -21,7 +21,7 @@ from mint_blobs._s3_calls import S3Calls, first_error
 from mint_blobs._s3_errors import STORE_FAILURES, error_code
 from mint_blobs.digests import digest_base64, digest_bytes, digest_hex, format_digest
 from mint_blobs.keys import check_key
-from mint_blobs.objects import ObjectInfo
+from mint_blobs.objects import ObjectInfo, PartUpload
 from mint_blobs.settings import ObjectStoreSettings
 from mint_core.errors import (
     Aborted,
@@ -177,6 +177,26 @@ class S3ObjectStore:
             if not page.get("IsTruncated"):
                 return
             asked["ContinuationToken"] = page["NextContinuationToken"]
+
+    async def list_part_uploads(self, prefix: str) -> AsyncIterator[PartUpload]:
+        asked: dict[str, str] = {"Bucket": self._bucket, "Prefix": prefix}
+        while True:
+            async with self._calls.limit(self._settings.operation_timeout_s, "list uploads", prefix):
+                page = await self._calls.call(
+                    "list uploads", prefix, functools.partial(self._calls.client.list_multipart_uploads, **asked)
+                )
+            for item in page.get("Uploads", []):
+                yield PartUpload(item["Key"], item["UploadId"], item["Initiated"].astimezone(UTC))
+            if not page.get("IsTruncated"):
+                return
+            asked |= {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page.get("NextUploadIdMarker", "")}
+
+    async def abort_part_upload(self, upload: PartUpload) -> None:
+        where = {"Bucket": self._bucket, "Key": check_key(upload.key), "UploadId": upload.upload_id}
+        async with self._calls.limit(self._settings.operation_timeout_s, "abort upload", upload.key):
+            with contextlib.suppress(NotFound):
+                abort = functools.partial(self._calls.client.abort_multipart_upload, **where)
+                await self._calls.call("abort upload", upload.key, abort)
 
     # Single requests
 

@@ -9,7 +9,7 @@ from mint_cli.state import StateDir
 from mint_client import Endpoints
 from mint_core.errors import FailedPrecondition
 
-__all__ = ["find_endpoints", "state_dir"]
+__all__ = ["find_endpoints", "find_runtime_address", "state_dir"]
 
 DEFAULT_STATE_DIR = ".state"
 
@@ -39,3 +39,19 @@ def find_endpoints(
             f"or give --{missing[0]} HOST:PORT"
         )
     return Endpoints(**given)
+
+
+def find_runtime_address(state: StateDir, service: str, *, given: str = "") -> str:
+    """Where a service answers the installation's own processes and its operators.
+
+    Raises :class:`FailedPrecondition` if it is not known.
+    """
+    running = None if given else state.snapshot()
+    known = running.service(service) if running is not None else None
+    address = given or (known.runtime_address if known is not None else "")
+    if not address:
+        raise FailedPrecondition(
+            f"the runtime address of the {service} is not known: run `mint up`, name its state directory with "
+            f"--state-dir, or give --{service}-runtime HOST:PORT"
+        )
+    return address

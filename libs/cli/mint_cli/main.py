@@ -11,7 +11,24 @@ from typing import Annotated
 
 import typer
 
-from mint_cli.commands import alias, config, evaluate, generate, local, model, policy, revision, rollout, train
+from mint_cli.commands import (
+    alias,
+    audit,
+    catalog,
+    config,
+    evaluate,
+    fleet,
+    generate,
+    lease,
+    local,
+    model,
+    policy,
+    revision,
+    rollout,
+    tenant,
+    train,
+    usage,
+)
 from mint_cli.commands import run as run_commands
 from mint_core.errors import MintError
 
@@ -33,9 +50,15 @@ app.add_typer(policy.app, name="policy")
 app.add_typer(train.app, name="train")
 app.add_typer(run_commands.app, name="run")
 app.add_typer(evaluate.app, name="eval")
+app.add_typer(lease.app, name="lease")
 app.add_typer(rollout.app, name="rollout")
 app.add_typer(revision.app, name="revision")
 app.add_typer(alias.app, name="alias")
+app.add_typer(audit.app, name="audit")
+app.command()(usage.usage)
+app.add_typer(fleet.app, name="fleet")
+app.add_typer(tenant.app, name="tenant")
+app.add_typer(catalog.app, name="catalog")
 app.command()(generate.generate)
 app.add_typer(config.app, name="config")
 

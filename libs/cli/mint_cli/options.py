@@ -12,16 +12,26 @@ from mint_core.errors import InvalidArgument
 
 __all__ = [
     "CatalogOption",
+    "CatalogRuntimeOption",
+    "ContinueOption",
     "ExporterOption",
     "InferenceOption",
     "JsonOption",
+    "LearningRateOption",
+    "MaxGradNormOption",
+    "MaxNewTokensOption",
+    "PolicyArgument",
+    "PriorityOption",
+    "PromoteOption",
     "RunIdOption",
     "ScorerNameOption",
     "ScorerOptionsOption",
     "ScorerTimeoutOption",
     "StateDirOption",
     "StopOption",
+    "WarmupStepsOption",
     "WatchOption",
+    "WeightDecayOption",
     "key_values",
 ]
 
@@ -34,6 +44,15 @@ CatalogOption = Annotated[
     str,
     typer.Option(
         "--catalog", envvar="MINT_ENDPOINTS_CATALOG", help="host:port of the catalog.", show_default="of `mint up`"
+    ),
+]
+CatalogRuntimeOption = Annotated[
+    str,
+    typer.Option(
+        "--catalog-runtime",
+        envvar="MINT_ENDPOINTS_CATALOG_RUNTIME",
+        help="host:port of the catalog's runtime services.",
+        show_default="of `mint up`",
     ),
 ]
 InferenceOption = Annotated[
@@ -51,7 +70,9 @@ ExporterOption = Annotated[
         "--exporter", envvar="MINT_ENDPOINTS_EXPORTER", help="host:port of the exporter.", show_default="of `mint up`"
     ),
 ]
+PolicyArgument = Annotated[str, typer.Argument(help="tenant/policy")]
 RunIdOption = Annotated[str, typer.Option("--run-id", help="Id of the run.", show_default="chosen")]
+PriorityOption = Annotated[int, typer.Option("--priority", help="Runs with a larger one are claimed first.")]
 WatchOption = Annotated[bool, typer.Option("--watch", help="Wait for the end and show progress.")]
 ScorerNameOption = Annotated[
     str, typer.Option("--scorer", help="Name of an installed scorer, or of a configured remote one.")
@@ -65,6 +86,17 @@ ScorerTimeoutOption = Annotated[
 StopOption = Annotated[
     list[str] | None, typer.Option("--stop", help="Text before which a completion stops; repeat it.")
 ]
+MaxNewTokensOption = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest completion in tokens.")]
+LearningRateOption = Annotated[
+    float, typer.Option("--learning-rate", min=0, help="Peak; 0 means the recipe's default.")
+]
+WarmupStepsOption = Annotated[int, typer.Option("--warmup-steps", min=0, help="Steps of linear warm-up.")]
+WeightDecayOption = Annotated[float, typer.Option("--weight-decay", min=0, help="Decoupled weight decay.")]
+MaxGradNormOption = Annotated[float, typer.Option("--max-grad-norm", min=0, help="Gradient clipping; 0 means none.")]
+ContinueOption = Annotated[
+    bool, typer.Option("--continue/--fresh", help="Start from the policy's latest training state, or anew.")
+]
+PromoteOption = Annotated[str, typer.Option("--promote", help="Alias to point at the published revision.")]
 
 
 def key_values(texts: Sequence[str] | None, *, field: str) -> dict[str, str]:

@@ -5,7 +5,16 @@ from __future__ import annotations
 from mint_core.errors import InvalidArgument
 from mint_core.names import AliasName, BaseModelName, PolicyName, RevisionName, RunName, check_id, parse_policy_ref
 
-__all__ = ["alias_name", "model_name", "policy_name", "run_name", "short", "tenant_id"]
+__all__ = [
+    "alias_name",
+    "model_name",
+    "policy_name",
+    "resource_name",
+    "revision_name",
+    "run_name",
+    "short",
+    "tenant_id",
+]
 
 
 def tenant_id(text: str) -> str:
@@ -37,6 +46,16 @@ def model_name(text: str, *, field: str = "model") -> str:
     return str(AliasName(policy.tenant, policy.policy, target))
 
 
+def revision_name(text: str) -> RevisionName:
+    """Of ``tenant/policy@3``, or of the revision's whole name."""
+    if text.startswith("tenants/"):
+        return RevisionName.parse(text, field="revision")
+    policy, target = parse_policy_ref(text, field="revision")
+    if not isinstance(target, int):
+        raise InvalidArgument(f"revision is {text!r}: expected tenant/policy@NUMBER", field="revision")
+    return RevisionName(policy.tenant, policy.policy, target)
+
+
 def run_name(text: str) -> RunName:
     """Of ``tenant/run``, or of the run's whole name."""
     if text.startswith("tenants/"):
@@ -45,6 +64,13 @@ def run_name(text: str) -> RunName:
     if not slash:
         raise InvalidArgument(f"run is {text!r}: expected tenant/run, as `mint run list` shows it", field="run")
     return RunName(check_id(tenant, field="run"), check_id(run, field="run"))
+
+
+def resource_name(text: str) -> str:
+    """Of ``tenant/policy``, ``tenant/policy@alias`` or ``tenant/policy@3``; a whole resource name stays as it is."""
+    if text.startswith("tenants/"):
+        return text
+    return model_name(text, field="resource") if "@" in text else str(policy_name(text))
 
 
 def short(name: str) -> str:

@@ -14,5 +14,6 @@ from __future__ import annotations
 from mint_client.catalog import run_has_ended
 from mint_client.client import Endpoints, MintClient
 from mint_client.generation import Generation, PromptLike, as_prompt
+from mint_client.policies import ImportedPolicy
 
-__all__ = ["Endpoints", "Generation", "MintClient", "PromptLike", "as_prompt", "run_has_ended"]
+__all__ = ["Endpoints", "Generation", "ImportedPolicy", "MintClient", "PromptLike", "as_prompt", "run_has_ended"]

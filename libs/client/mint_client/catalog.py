@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from typing import Any
-
-from google.protobuf import field_mask_pb2
 
 from mint_api.v1 import (
     alias_service_pb2,
@@ -18,8 +16,6 @@ from mint_api.v1 import (
     engine_replica_service_pb2_grpc,
     evaluation_service_pb2,
     evaluation_service_pb2_grpc,
-    policy_service_pb2,
-    policy_service_pb2_grpc,
     revision_service_pb2,
     revision_service_pb2_grpc,
     rollout_service_pb2,
@@ -37,7 +33,6 @@ __all__ = [
     "BaseModels",
     "EngineReplicas",
     "Evaluations",
-    "Policies",
     "Revisions",
     "Rollouts",
     "Runs",
@@ -61,68 +56,6 @@ class _Group:
 
     async def _call(self, method: Any, request: Any, timeout_s: float | None = None) -> Any:
         return await call(method, request, timeout_s=self._timeout_s if timeout_s is None else timeout_s)
-
-
-class Policies(_Group):
-    """Policy records."""
-
-    @property
-    def _stub(self) -> Any:
-        return self._connection.stub(policy_service_pb2_grpc.PolicyServiceStub)
-
-    async def create(
-        self,
-        tenant: str,
-        policy_id: str,
-        *,
-        base_model: str,
-        lora: common_pb2.LoraConfig | None = None,
-        labels: Mapping[str, str] | None = None,
-        owner: str = "",
-        description: str = "",
-        request_id: str | None = None,
-    ) -> policy_service_pb2.Policy:
-        """Create ``tenants/{tenant}/policies/{policy_id}`` over ``base_model`` (``baseModels/…``)."""
-        policy = policy_service_pb2.Policy(
-            base_model=base_model, lora=lora, labels=labels, owner=owner, description=description
-        )
-        request = policy_service_pb2.CreatePolicyRequest(
-            parent=f"tenants/{tenant}", policy_id=policy_id, policy=policy, request_id=request_id or new_request_id()
-        )
-        return (await self._call(self._stub.CreatePolicy, request)).policy
-
-    async def get(self, name: str, *, consistency: common_pb2.Consistency | None = None) -> policy_service_pb2.Policy:
-        request = policy_service_pb2.GetPolicyRequest(name=name, consistency=consistency)
-        return (await self._call(self._stub.GetPolicy, request)).policy
-
-    async def update(self, policy: policy_service_pb2.Policy, fields: list[str]) -> policy_service_pb2.Policy:
-        """Take ``fields`` of ``policy``; its etag, when set, guards against a change in between."""
-        request = policy_service_pb2.UpdatePolicyRequest(
-            policy=policy, update_mask=field_mask_pb2.FieldMask(paths=fields), request_id=new_request_id()
-        )
-        return (await self._call(self._stub.UpdatePolicy, request)).policy
-
-    async def delete(self, name: str, *, etag: str = "") -> None:
-        request = policy_service_pb2.DeletePolicyRequest(name=name, etag=etag, request_id=new_request_id())
-        await self._call(self._stub.DeletePolicy, request)
-
-    def list(
-        self,
-        tenant: str,
-        *,
-        restriction: str = "",
-        order_by: str = "",
-        page_size: int = 0,
-    ) -> AsyncIterator[policy_service_pb2.Policy]:
-        """All policies of ``tenant`` that meet ``restriction`` (the request's filter), read at one catalog revision."""
-
-        async def read(token: str) -> Any:
-            request = policy_service_pb2.ListPoliciesRequest(
-                parent=f"tenants/{tenant}", page_size=page_size, page_token=token, filter=restriction, order_by=order_by
-            )
-            return await self._call(self._stub.ListPolicies, request)
-
-        return pages(read, "policies")
 
 
 class Revisions(_Group):
@@ -172,15 +105,20 @@ class Aliases(_Group):
         reason: str = "",
         min_resident_replicas: int = 0,
         residency_timeout_s: float = 60.0,
+        ignore_gate: bool = False,
         request_id: str | None = None,
     ) -> alias_service_pb2.Alias:
-        """Point the alias at a READY revision, after ``min_resident_replicas`` engines hold it."""
+        """Point the alias at a READY revision, after ``min_resident_replicas`` engines hold it.
+
+        ``ignore_gate`` moves it although the alias's gate is not met, and needs a ``reason``.
+        """
         request = alias_service_pb2.PromoteAliasRequest(
             name=name,
             revision_number=revision_number,
             etag=etag,
             reason=reason,
             min_resident_replicas=min_resident_replicas,
+            ignore_gate=ignore_gate,
             request_id=request_id or new_request_id(),
         )
         timeout_s = self._timeout_s
@@ -197,6 +135,42 @@ class Aliases(_Group):
             name=name, revision_number=revision_number, etag=etag, reason=reason, request_id=new_request_id()
         )
         return (await self._call(self._stub.RollbackAlias, request)).alias
+
+    async def set_canary(
+        self,
+        name: str,
+        revision_number: int,
+        weight: float,
+        *,
+        salt: str = "",
+        etag: str = "",
+        reason: str = "",
+    ) -> alias_service_pb2.Alias:
+        """Try a READY revision on the share ``weight`` (above 0, at most 1) of the sticky keys."""
+        target = alias_service_pb2.AliasTarget(revision_number=revision_number)
+        canary = alias_service_pb2.Canary(target=target, weight=weight, salt=salt)
+        return await self._set_canary(name, canary, etag=etag, reason=reason)
+
+    async def clear_canary(self, name: str, *, etag: str = "", reason: str = "") -> alias_service_pb2.Alias:
+        """End the trial, if there is one."""
+        return await self._set_canary(name, None, etag=etag, reason=reason)
+
+    async def _set_canary(
+        self, name: str, canary: alias_service_pb2.Canary | None, *, etag: str, reason: str
+    ) -> alias_service_pb2.Alias:
+        request = alias_service_pb2.SetCanaryRequest(
+            name=name, canary=canary, etag=etag, reason=reason, request_id=new_request_id()
+        )
+        return (await self._call(self._stub.SetCanary, request)).alias
+
+    async def set_gate(
+        self, name: str, gate: alias_service_pb2.Gate | None, *, etag: str = "", reason: str = ""
+    ) -> alias_service_pb2.Alias:
+        """Set what a promotion and the canary must show, or (None) nothing."""
+        request = alias_service_pb2.SetGateRequest(
+            name=name, gate=gate, etag=etag, reason=reason, request_id=new_request_id()
+        )
+        return (await self._call(self._stub.SetGate, request)).alias
 
     async def get(self, name: str, *, consistency: common_pb2.Consistency | None = None) -> alias_service_pb2.Alias:
         request = alias_service_pb2.GetAliasRequest(name=name, consistency=consistency)
@@ -238,12 +212,25 @@ class Runs(_Group):
     async def get(self, name: str) -> run_service_pb2.Run:
         return (await self._call(self._stub.GetRun, run_service_pb2.GetRunRequest(name=name))).run
 
-    def list(self, tenant: str, *, policy: str = "", page_size: int = 0) -> AsyncIterator[run_service_pb2.Run]:
-        """All runs of ``tenant``, or those of one ``policy`` (a policy name)."""
+    def list(
+        self,
+        tenant: str,
+        *,
+        policy: str = "",
+        state: run_service_pb2.RunState.ValueType = run_service_pb2.RUN_STATE_UNSPECIFIED,
+        dead_letter: bool = False,
+        page_size: int = 0,
+    ) -> AsyncIterator[run_service_pb2.Run]:
+        """All runs of ``tenant``, or those of one ``policy`` (a policy name), in one ``state``, or failed for good."""
 
         async def read(token: str) -> Any:
             request = run_service_pb2.ListRunsRequest(
-                parent=f"tenants/{tenant}", page_size=page_size, page_token=token, policy=policy
+                parent=f"tenants/{tenant}",
+                page_size=page_size,
+                page_token=token,
+                policy=policy,
+                state=state,
+                dead_letter=dead_letter,
             )
             return await self._call(self._stub.ListRuns, request)
 
@@ -293,6 +280,11 @@ class Runs(_Group):
     async def cancel(self, name: str, *, reason: str = "") -> run_service_pb2.Run:
         request = run_service_pb2.CancelRunRequest(name=name, reason=reason)
         return (await self._call(self._stub.CancelRun, request)).run
+
+    async def retry(self, name: str, *, reason: str = "", request_id: str | None = None) -> run_service_pb2.Run:
+        """Queue a run that has failed again; it goes on from the newest state it saved."""
+        request = run_service_pb2.RetryRunRequest(name=name, reason=reason, request_id=request_id or new_request_id())
+        return (await self._call(self._stub.RetryRun, request)).run
 
 
 class Rollouts(_Group):

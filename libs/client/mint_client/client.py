@@ -9,18 +9,20 @@ from typing import Self
 
 from mint_api.v1 import common_pb2, inference_service_pb2, inference_service_pb2_grpc
 from mint_client._calling import Connection
+from mint_client.accounting import Audit, UsageCounters
 from mint_client.blobs import Blobs
 from mint_client.catalog import (
     Aliases,
     BaseModels,
     EngineReplicas,
     Evaluations,
-    Policies,
     Revisions,
     Rollouts,
     Runs,
 )
+from mint_client.fleet import FleetOperations, Tenants
 from mint_client.generation import Generation, PromptLike, as_prompt, gather
+from mint_client.policies import Policies
 from mint_client.sessions import Sessions
 from mint_core.channel import DEFAULT_TIMEOUT_S, call, stream
 
@@ -67,6 +69,10 @@ class MintClient:
         self.evaluations = Evaluations(catalog, timeout_s)
         self.base_models = BaseModels(catalog, timeout_s)
         self.engine_replicas = EngineReplicas(catalog, timeout_s)
+        self.audit = Audit(catalog, timeout_s)
+        self.usage = UsageCounters(catalog, timeout_s)
+        self.fleet_operations = FleetOperations(catalog, timeout_s)
+        self.tenants = Tenants(catalog, timeout_s)
         self.blobs = Blobs(exporter, timeout_s)
         self.sessions = Sessions(trainer, timeout_s)
 
@@ -139,13 +145,14 @@ class MintClient:
         model: str,
         prompt: PromptLike,
         *,
+        sticky_key: str = "",
         consistency: common_pb2.Consistency | None = None,
         tenant: str = "",
         timeout_s: float = _GENERATE_TIMEOUT_S,
     ) -> inference_service_pb2.ScoreResponse:
         """Log-probability of each token of ``prompt`` but the first."""
         request = inference_service_pb2.ScoreRequest(
-            model=model, prompt=as_prompt(prompt), consistency=consistency, tenant=tenant
+            model=model, prompt=as_prompt(prompt), consistency=consistency, tenant=tenant, sticky_key=sticky_key
         )
         stub = self._inference.stub(inference_service_pb2_grpc.InferenceServiceStub)
         response: inference_service_pb2.ScoreResponse = await call(stub.Score, request, timeout_s=timeout_s)

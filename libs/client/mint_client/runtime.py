@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any, Self
 
 from mint_api.runtime.v1 import (
@@ -15,7 +16,7 @@ from mint_api.runtime.v1 import (
 )
 from mint_api.v1 import common_pb2, revision_service_pb2, run_service_pb2
 from mint_client._calling import Connection, new_request_id
-from mint_core.channel import DEFAULT_TIMEOUT_S, call
+from mint_core.channel import DEFAULT_TIMEOUT_S, call, stream
 
 __all__ = ["ExporterClient", "WorkClient"]
 
@@ -58,6 +59,14 @@ class WorkClient:
     async def release_lease(self, fence: common_pb2.Fence) -> None:
         request = work_service_pb2.ReleaseLeaseRequest(fence=fence)
         await call(self._work.ReleaseLease, request, timeout_s=self._timeout_s)
+
+    async def watch_lease(self, fence: common_pb2.Fence) -> AsyncGenerator[work_service_pb2.Lease, None]:
+        """The lease as it is, then nothing until :class:`LeaseLost` is raised; other errors say nothing about it."""
+        request = work_service_pb2.WatchLeaseRequest(fence=fence)
+        responses: Any = stream(self._work.WatchLease, request, timeout_s=None)
+        async with contextlib.aclosing(responses):
+            async for response in responses:
+                yield response.lease
 
     async def list_leases(self, tenant: str) -> list[work_service_pb2.Lease]:
         request = work_service_pb2.ListLeasesRequest(parent=f"tenants/{tenant}")

@@ -31,9 +31,15 @@ _RETRY_POLICY = {
                 "retryableStatusCodes": ["UNAVAILABLE"],
             },
         },
-        # The one call that streams to a server: its client resumes it from where the server stands. Repeated by gRPC
-        # itself while the connection breaks, it makes gRPC 1.85 abort the process ("pending == nullptr").
-        {"name": [{"service": "mint.v1.BlobService", "method": "UploadBlob"}]},
+        # The calls that stream to a server: their clients know how to go on or begin anew. Repeated by gRPC itself while
+        # the connection breaks, they make gRPC 1.85 abort the process ("pending == nullptr").
+        {
+            "name": [
+                {"service": "mint.v1.BlobService", "method": "UploadBlob"},
+                {"service": "mint.v1.PolicyService", "method": "ImportPolicies"},
+                {"service": "mint.runtime.v1.MaintenanceService", "method": "Restore"},
+            ]
+        },
     ]
 }
 

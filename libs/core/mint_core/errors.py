@@ -18,6 +18,7 @@
     │   ├── LeaseHeld              somebody else holds the lease
     │   ├── BlobMissing            publish before the blob was verified
     │   ├── BaseModelMismatch      adapter and resident base differ
+    │   ├── GateNotMet             an evaluation that an alias's gate asks for is missing or falls short
     │   ├── AdapterNotResident     the engine does not hold the digest
     │   └── AdapterPinned          the digest is in use and cannot be unloaded
     ├── OutOfRange
@@ -54,6 +55,7 @@ __all__ = [
     "DigestMismatch",
     "EtagMismatch",
     "FailedPrecondition",
+    "GateNotMet",
     "Internal",
     "InvalidArgument",
     "LeaseHeld",
@@ -196,6 +198,12 @@ class BaseModelMismatch(FailedPrecondition):
     """Adapter, policy or service belong to different base models."""
 
     reason: ClassVar[str] = "BASE_MODEL_MISMATCH"
+
+
+class GateNotMet(FailedPrecondition):
+    """An evaluation that an alias's gate asks for is missing or falls short."""
+
+    reason: ClassVar[str] = "GATE_NOT_MET"
 
 
 class AdapterNotResident(FailedPrecondition):

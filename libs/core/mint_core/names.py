@@ -14,10 +14,12 @@ from mint_core.errors import InvalidArgument
 
 __all__ = [
     "AliasName",
+    "AuditEntryName",
     "BaseModelName",
     "BlobName",
     "EngineReplicaName",
     "EvaluationName",
+    "FleetOperationName",
     "LoadTicketName",
     "PolicyName",
     "ResourceName",
@@ -26,6 +28,7 @@ __all__ = [
     "RunName",
     "SessionName",
     "StepName",
+    "TenantErasureName",
     "TenantName",
     "check_digest",
     "check_id",
@@ -203,6 +206,32 @@ class RunName(ResourceName):
     pattern: ClassVar[str] = "tenants/{tenant}/runs/{run}"
     tenant: str
     run: str
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class FleetOperationName(ResourceName):
+    """``tenants/{tenant}/fleetOperations/{fleet_operation}``"""
+
+    pattern: ClassVar[str] = "tenants/{tenant}/fleetOperations/{fleet_operation}"
+    tenant: str
+    fleet_operation: str
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class TenantErasureName(ResourceName):
+    """``tenants/{tenant}/erasure``"""
+
+    pattern: ClassVar[str] = "tenants/{tenant}/erasure"
+    tenant: str
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class AuditEntryName(ResourceName):
+    """``tenants/{tenant}/auditEntries/{audit_entry}``"""
+
+    pattern: ClassVar[str] = "tenants/{tenant}/auditEntries/{audit_entry}"
+    tenant: str
+    audit_entry: str
 
 
 @dataclass(frozen=True, slots=True, order=True)

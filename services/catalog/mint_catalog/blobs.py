@@ -3,23 +3,31 @@
 STAGED: an object key was given out. VERIFIED: the bytes were read back and have the digest. CONDEMNED: to be deleted;
 the next put stages anew. An object key is never given out for a second life of a digest, so a deletion that arrives
 late cannot hit newer bytes. Publish touches the record it refers to, so a condemnation that raced with it loses.
+
+A record's ``update_time`` is what garbage collection counts its age from: it moves when the blob is staged, verified or
+asked for, and when a revision that referred to it is deleted.
 """
 
 from __future__ import annotations
 
 import uuid
 from dataclasses import replace
+from datetime import timedelta
+from typing import Final
 
 from mint_blobs.keys import blob_key
 from mint_catalog.checks import check_range, not_found
 from mint_catalog.draft import Answer, Draft, Transactions
-from mint_catalog.records import BlobRecord, BlobRef, BlobState
+from mint_catalog.records import BlobRecord, BlobRef, BlobState, now
 from mint_catalog.store import Store
 from mint_catalog.tables import Tables
 from mint_core.errors import Aborted, BlobMissing, DigestMismatch
 from mint_core.names import BlobName
 
-__all__ = ["Blobs", "verified_blob"]
+__all__ = ["Blobs", "release_blob", "verified_blob"]
+
+_RENEWED_AFTER: Final = timedelta(hours=1)
+"""A record is written again for being asked for, no more often than this."""
 
 
 class Blobs:
@@ -31,7 +39,7 @@ class Blobs:
         self._transactions = Transactions(store, tables.keys)
 
     async def stage(self, name: BlobName, size_bytes: int) -> BlobRecord:
-        """Give out an object key; a VERIFIED record is returned as it is, with nothing to upload.
+        """Give out an object key; a VERIFIED record is returned, with nothing to upload, and counts as new again.
 
         Raises ``InvalidArgument``, ``DigestMismatch`` when the digest is known with another size.
         """
@@ -49,10 +57,13 @@ class Blobs:
                     field="size_bytes",
                     metadata={"resource": str(name)},
                 )
+            time = now()
             if known is not None and same_size and known.state in (BlobState.STAGED, BlobState.VERIFIED):
-                return Answer(ref, known)
+                if known.update_time is not None and time - known.update_time < _RENEWED_AFTER:
+                    return Answer(ref, known)
+                return draft.put(ref, replace(known, update_time=time))
             key = blob_key(name.tenant, name.digest, uuid.uuid4().hex)
-            record = BlobRecord(name, BlobRef(name.digest, size_bytes), key, BlobState.STAGED)
+            record = BlobRecord(name, BlobRef(name.digest, size_bytes), key, BlobState.STAGED, time)
             return draft.put(ref, record)
 
         return (await self._transactions.run(body, self._tables.codecs.blob)).record
@@ -76,7 +87,7 @@ class Blobs:
                 )
             if known.state is BlobState.VERIFIED:
                 return Answer(ref, known)
-            return draft.put(ref, replace(known, state=BlobState.VERIFIED))
+            return draft.put(ref, replace(known, state=BlobState.VERIFIED, update_time=now()))
 
         return (await self._transactions.run(body, self._tables.codecs.blob)).record
 
@@ -87,6 +98,14 @@ class Blobs:
         if kv is None:
             raise not_found(name)
         return ref.codec.decode(kv)
+
+
+def release_blob(draft: Draft, tables: Tables, name: BlobName) -> None:
+    """Let a fetched blob's grace period begin anew, because something that referred to it goes away in this draft."""
+    ref = tables.blob(name)
+    known = draft.get(ref)
+    if known is not None and known.state is BlobState.VERIFIED:
+        draft.put(ref, replace(known, update_time=now()))
 
 
 def verified_blob(record: BlobRecord | None, name: BlobName) -> BlobRecord:

@@ -1,4 +1,4 @@
-"""Streams of what happened to policies, revisions, aliases and runs."""
+"""Streams of what happened to policies, revisions, aliases, runs and leases."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Generic, Protocol, TypeVar
 
-from mint_catalog.records import Alias, Policy, PolicyState, Revision, RevisionState
+from mint_catalog.leases import lease_lost
+from mint_catalog.records import Alias, Holder, Policy, PolicyState, Revision, RevisionState
 from mint_catalog.run_records import Run
 from mint_catalog.runs import Runs
 from mint_catalog.store import Change, KeyValue, Store, prefix_end
@@ -123,6 +124,28 @@ class Changes:
                 run, revision = await self._runs.read(name)
                 yield run
 
+    async def lease(self, resource: PolicyName | RunName, token: int) -> AsyncGenerator[Holder, None]:
+        """The lease as it is, then nothing until it is lost. Ends only by raising.
+
+        Raises ``LeaseLost`` when it has ended or was superseded, ``Unavailable`` when the process stops.
+        """
+        ref = self._tables.lease(resource)
+        is_told = False
+        while True:
+            result = await self._store.get([ref.key])
+            kv = result.values[0]
+            if kv is None or kv.create_revision != token:
+                raise lease_lost(resource, token)
+            if not is_told:
+                is_told = True
+                yield ref.codec.decode(kv)
+            with contextlib.suppress(RevisionCompacted):  # looked at anew
+                feed = self._feed.subscribe(ref.key, ref.key + b"\0", after=result.revision)
+                async with contextlib.aclosing(feed):
+                    async for seen in feed:
+                        if any(change.deleted or change.create_revision != token for change in seen.changes):
+                            raise lease_lost(resource, token)
+
     def _below(self, family: str, parent: str) -> bytes:
         """Prefix of the keys of a policy, a tenant, or all."""
         keys = self._tables.keys
@@ -146,8 +169,15 @@ class Changes:
                 f"start_after_catalog_revision is {after}: it must not be negative; 0 means from now",
                 field="start_after_catalog_revision",
             )
+        head = (await self._store.get([self._tables.keys.tick])).revision
+        if after > head:
+            # Of before a restore, or of another installation: waiting for it would tell nothing for a long time.
+            raise RevisionCompacted(
+                f"start_after_catalog_revision is {after}: this catalog is at {head}, it was restored from a backup or "
+                "is another one; list again and watch from there"
+            )
         if after == 0:
-            after = (await self._store.get([self._tables.keys.tick])).revision
+            after = head
             # Tells the caller from where it watches, before anything happens.
             yield Event(EventType.BOOKMARK, after)
         feed = self._feed.subscribe(prefix, prefix_end(prefix), after=after)

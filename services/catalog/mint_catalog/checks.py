@@ -8,15 +8,16 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from mint_blobs.keys import check_key
-from mint_catalog.records import LoraConfig, Policy, PolicyState
+from mint_catalog.records import Lineage, LoraConfig, Policy, PolicyState
 from mint_core.errors import InvalidArgument, NotFound, WrongState
-from mint_core.names import PolicyName, RevisionName, check_id
+from mint_core.names import PolicyName, RevisionName, RunName, check_digest, check_id
 
 __all__ = [
     "check_active",
     "check_finite",
     "check_holder",
     "check_labels",
+    "check_lineage",
     "check_lora",
     "check_metrics",
     "check_object_key",
@@ -131,6 +132,22 @@ def check_lora(lora: LoraConfig | None, *, field: str) -> LoraConfig:
             field=f"{field}.target_modules",
         )
     return replace(lora, alpha=lora.alpha or 2.0 * lora.rank)
+
+
+def check_lineage(policy: PolicyName, lineage: Lineage, *, field: str) -> RunName | None:
+    """Where a revision of ``policy`` is said to come from; returns the run, if one is named."""
+    check_range(lineage.step, field=f"{field}.step", least=0)
+    if lineage.parent_revision:
+        RevisionName.parse(lineage.parent_revision, field=f"{field}.parent_revision")
+    if lineage.data_digest:
+        check_digest(lineage.data_digest, field=f"{field}.data_digest")
+    check_text(lineage.code_version, field=f"{field}.code_version", max_chars=128)
+    if not lineage.run:
+        return None
+    run = RunName.parse(lineage.run, field=f"{field}.run")
+    if run.tenant != policy.tenant:
+        raise InvalidArgument(f"{field}.run is {run}: it must belong to tenants/{policy.tenant}", field=f"{field}.run")
+    return run
 
 
 def check_holder(holder: str, *, field: str = "holder") -> str:

@@ -22,6 +22,7 @@ from mint_catalog.settings import EtcdSettings
 from mint_catalog.store import (
     Compare,
     Delete,
+    DeleteRange,
     Field,
     KeyValue,
     LeaseGone,
@@ -45,7 +46,7 @@ from mint_core.errors import (
 )
 from mint_core.log import get_logger
 
-__all__ = ["EtcdStore"]
+__all__ = ["METADATA", "EtcdStore", "channel_to", "translate"]
 
 _logger = get_logger(__name__)
 _T = TypeVar("_T")
@@ -71,7 +72,7 @@ _UNAVAILABLE_CODES: Final = frozenset(
 )
 
 
-def _translate(error: grpc.aio.AioRpcError, what: str) -> MintError | LeaseGone:
+def translate(error: grpc.aio.AioRpcError, what: str) -> MintError | LeaseGone:
     """The error of ours that an error of etcd's means; ``what`` tells which call failed."""
     code, details = error.code(), error.details() or ""
     if "has been compacted" in details:
@@ -95,6 +96,8 @@ def _translate(error: grpc.aio.AioRpcError, what: str) -> MintError | LeaseGone:
 
 
 def _compare(compare: Compare) -> pb.Compare:
+    if compare.field is Field.VALUE:
+        return pb.Compare(key=compare.key, target=pb.Compare.VALUE, result=pb.Compare.EQUAL, value=compare.value)
     if compare.field is Field.CREATE:
         return pb.Compare(
             key=compare.key, target=pb.Compare.CREATE, result=pb.Compare.EQUAL, create_revision=compare.revision
@@ -108,6 +111,8 @@ def _operation(operation: Operation) -> pb.RequestOp:
             return pb.RequestOp(request_put=pb.PutRequest(key=key, value=value, lease=lease))
         case Delete(key):
             return pb.RequestOp(request_delete_range=pb.DeleteRangeRequest(key=key))
+        case DeleteRange(start, end):
+            return pb.RequestOp(request_delete_range=pb.DeleteRangeRequest(key=start, range_end=end))
 
 
 def _key_value(kv: Any) -> KeyValue:
@@ -125,7 +130,8 @@ def _target(endpoints: Sequence[str]) -> str:
     return f"ipv4:{','.join(addresses)}"
 
 
-def _channel(settings: EtcdSettings) -> grpc.aio.Channel:
+def channel_to(settings: EtcdSettings) -> grpc.aio.Channel:
+    """A channel to the members that the settings name, by turns."""
     target = _target(settings.endpoints)
     options: list[tuple[str, Any]] = list(_CHANNEL_OPTIONS)
     if settings.ca_file is None:
@@ -145,7 +151,7 @@ class EtcdStore:
 
     def __init__(self, settings: EtcdSettings) -> None:
         self._settings = settings
-        self._channel = _channel(settings)
+        self._channel = channel_to(settings)
         self._kv = pb.KVStub(self._channel)
         self._lease = pb.LeaseStub(self._channel)
         self._maintenance = pb.MaintenanceStub(self._channel)
@@ -197,7 +203,7 @@ class EtcdStore:
         try:
             return await method(request, timeout=self._timeout_s(), metadata=METADATA, wait_for_ready=wait_for_ready)
         except grpc.aio.AioRpcError as error:
-            raise _translate(error, what) from error
+            raise translate(error, what) from error
 
     async def _read(self, method: Callable[..., Awaitable[_T]], request: object, what: str) -> _T:
         """A call that may be repeated."""
@@ -218,10 +224,31 @@ class EtcdStore:
         found = [response.response_range.kvs for response in result.responses]
         return ReadResult(tuple(_key_value(kvs[0]) if kvs else None for kvs in found), result.header.revision)
 
-    async def scan(self, start: bytes, end: bytes, *, limit: int, revision: int = 0) -> ScanResult:
-        request = pb.RangeRequest(key=start, range_end=end, limit=limit, revision=revision)
+    async def scan(
+        self, start: bytes, end: bytes, *, limit: int, revision: int = 0, keys_only: bool = False
+    ) -> ScanResult:
+        request = pb.RangeRequest(key=start, range_end=end, limit=limit, revision=revision, keys_only=keys_only)
         answer = await self._read(self._kv.Range, request, "a scan")
         return ScanResult(tuple(_key_value(kv) for kv in answer.kvs), answer.more, answer.header.revision)
+
+    async def scan_each(
+        self, ranges: Sequence[tuple[bytes, bytes]], *, limit: int, revision: int = 0
+    ) -> list[ScanResult]:
+        requests = [
+            pb.RequestOp(request_range=pb.RangeRequest(key=start, range_end=end, limit=limit, revision=revision))
+            for start, end in ranges
+        ]
+        result = await self._read(self._kv.Txn, pb.TxnRequest(success=requests), "a scan of several ranges")
+        answers = [response.response_range for response in result.responses]
+        return [
+            ScanResult(tuple(_key_value(kv) for kv in answer.kvs), answer.more, result.header.revision)
+            for answer in answers
+        ]
+
+    async def count(self, start: bytes, end: bytes, *, revision: int = 0) -> int:
+        request = pb.RangeRequest(key=start, range_end=end, revision=revision, count_only=True)
+        number: int = (await self._read(self._kv.Range, request, "a count")).count
+        return number
 
     async def txn(self, compares: Sequence[Compare], operations: Sequence[Operation]) -> TxnResult:
         request = pb.TxnRequest(
@@ -245,7 +272,7 @@ class EtcdStore:
             async for answer in stream:
                 return bool(answer.TTL > 0)
         except grpc.aio.AioRpcError as error:
-            raise _translate(error, "a lease renewal") from error
+            raise translate(error, "a lease renewal") from error
         finally:
             stream.cancel()
         raise Unavailable("etcd ended a lease renewal without an answer; retry")

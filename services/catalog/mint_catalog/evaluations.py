@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from mint_catalog.canaries import judge_canaries
 from mint_catalog.checks import check_metrics, check_own_revision, check_range, check_text, live_policy, not_found
 from mint_catalog.draft import Answer, Draft, Transactions, Written
 from mint_catalog.leases import require_fence
@@ -32,6 +33,7 @@ class Evaluations:
     async def create(self, wanted: Evaluation, fence: Fence | None) -> Written[Evaluation]:
         """Record an evaluation; with a fence only while that lease is held, on the policy or on ``wanted.run``.
 
+        A canary of the policy that breaks its alias's gate with it is taken back by the same transaction.
         What a run has recorded is answered again when the run records the same. Raises ``InvalidArgument``,
         ``NotFound`` (policy, revision, run), ``AlreadyExists``, ``LeaseLost``.
         """
@@ -41,8 +43,7 @@ class Evaluations:
         head_ref, lease_ref = self._tables.policy(policy), self._tables.lease(resource)
 
         async def body(draft: Draft) -> Answer[Evaluation]:
-            # An evaluation changes no revision and no alias, so the head may move meanwhile.
-            await draft.fetch(head_ref, lease_ref, compare=False)
+            await draft.fetch(head_ref, lease_ref)
             head = live_policy(draft.get(head_ref), policy)
             record = replace(wanted, create_time=now())
             if revision is not None:
@@ -61,6 +62,8 @@ class Evaluations:
                 require_fence(draft, lease_ref, resource, fence)
             if stored is not None:
                 raise AlreadyExists(f"{wanted.name} exists; choose another id", metadata={"resource": str(wanted.name)})
+            # In one transaction, so that no evaluation is kept whose canary stays out against its gate.
+            await judge_canaries(draft, self._store, self._tables, head, record)
             return draft.put(ref, record)
 
         return await self._transactions.run(body, self._tables.codecs.evaluation)

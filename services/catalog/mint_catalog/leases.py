@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 
+from mint_catalog.audit import audit_put
 from mint_catalog.checks import check_holder, live_policy, not_found
 from mint_catalog.draft import Draft
+from mint_catalog.erasing import check_erasing, not_erasing
 from mint_catalog.paging import list_all
 from mint_catalog.records import Fence, Holder
 from mint_catalog.store import Compare, Delete, Field, KeyValue, LeaseGone, Put, Store
@@ -71,7 +73,7 @@ class Leases:
     async def acquire(self, resource: PolicyName | RunName, holder: str, ttl_s: int) -> Holder:
         """Acquire a lease. The same holder again gets the same fence, renewed; its first time to live stays.
 
-        Raises ``InvalidArgument``, ``NotFound``, ``LeaseHeld``.
+        Raises ``InvalidArgument``, ``NotFound``, ``LeaseHeld``, ``WrongState`` (its tenant is being erased).
         """
         check_holder(holder)
         ref = self._tables.lease(resource)
@@ -89,18 +91,22 @@ class Leases:
                 if await self._store.keep_alive(held.lease):
                     return held
                 continue
-            acquired = await self._put_new(ref, Compare(guarded.key, Field.MOD, guarded_kv.mod_revision), holder, ttl_s)
+            guard = Compare(guarded.key, Field.MOD, guarded_kv.mod_revision)
+            acquired = await self._put_new(ref, guard, resource.tenant, holder, ttl_s)
             if acquired is not None:
                 return acquired
+            await check_erasing(self._store, self._tables.keys, resource.tenant)
         raise Aborted(f"{resource} changed {_MAX_ATTEMPTS} times while its lease was acquired; retry")
 
-    async def _put_new(self, ref: Ref[Holder], guard: Compare, holder: str, ttl_s: int) -> Holder | None:
+    async def _put_new(self, ref: Ref[Holder], guard: Compare, tenant: str, holder: str, ttl_s: int) -> Holder | None:
         lease = await self._store.grant(ttl_s)
         applied = False
         try:
             record = Holder(holder, ttl_s, lease=lease)
             put = Put(ref.key, ref.codec.encode(record), lease)
-            result = await self._store.txn([guard, Compare(ref.key, Field.CREATE, 0)], [put])
+            audit = audit_put(self._tables.keys, tenant, changes=[(put.key, None, put.value)])
+            compares = [guard, Compare(ref.key, Field.CREATE, 0), not_erasing(self._tables.keys, tenant)]
+            result = await self._store.txn(compares, [put, audit])
             applied = result.succeeded
         except LeaseGone:
             return None
@@ -126,7 +132,8 @@ class Leases:
         kv = (await self._store.get([ref.key])).values[0]
         if kv is None or kv.create_revision != token:
             return
-        result = await self._store.txn([Compare(ref.key, Field.CREATE, token)], [Delete(ref.key)])
+        audit = audit_put(self._tables.keys, resource.tenant, changes=[(kv.key, kv.value, None)])
+        result = await self._store.txn([Compare(ref.key, Field.CREATE, token)], [Delete(ref.key), audit])
         if result.succeeded:
             await self._store.revoke(kv.lease)
 

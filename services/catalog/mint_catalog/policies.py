@@ -7,28 +7,29 @@ bumps it. Deletion leaves a tombstone that keeps the next revision number, so th
 
 from __future__ import annotations
 
-import uuid
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from datetime import timedelta
 from typing import Final
 
-from mint_catalog import policy_filter
-from mint_catalog.checks import check_labels, check_lora, check_text, live_policy, not_found
+from mint_catalog.checks import check_lora, live_policy, not_found
+from mint_catalog.creation import NewPolicy, Prepared, assemble, check_fields, prepare
 from mint_catalog.draft import Answer, Draft, Transactions, Written
-from mint_catalog.paging import Page, check_revision, list_page
-from mint_catalog.records import Policy, PolicyState, check_etag, now
+from mint_catalog.paging import Page, check_revision
+from mint_catalog.policy_listing import PolicyQuery, list_policies
+from mint_catalog.records import Policy, PolicyState, Revision, check_etag, now
 from mint_catalog.requests import Request
 from mint_catalog.store import Store, prefix_end
 from mint_catalog.tables import Tables
-from mint_core.errors import AlreadyExists, InvalidArgument, WrongState
-from mint_core.names import AliasName, BaseModelName, PolicyName, RevisionName, TenantName
+from mint_core.errors import InvalidArgument, WrongState
+from mint_core.names import AliasName, PolicyName, RevisionName
 
 __all__ = ["MAX_ALIASES", "Policies", "live_uid"]
 
 MAX_ALIASES: Final = 50
 """Aliases of one policy; deletion buries them all in one transaction of at most 128 operations."""
 
-_MUTABLE: Final = ("description", "labels", "lora", "owner")
+_MUTABLE: Final = ("description", "labels", "lora", "owner", "quota", "state")
 
 
 async def live_uid(store: Store, tables: Tables, name: PolicyName) -> str:
@@ -39,50 +40,56 @@ async def live_uid(store: Store, tables: Tables, name: PolicyName) -> str:
 
 
 class Policies:
-    """Create, read, change, delete and list policies."""
+    """Create, read, change, delete, undelete and list policies."""
 
-    def __init__(self, store: Store, tables: Tables) -> None:
+    def __init__(self, store: Store, tables: Tables, *, undelete_grace_s: float = 30 * 86_400.0) -> None:
         self._store = store
         self._tables = tables
+        self._undelete_grace = timedelta(seconds=undelete_grace_s)
         self._transactions = Transactions(store, tables.keys)
 
-    async def create(self, name: PolicyName, wanted: Policy, request: Request | None = None) -> Written[Policy]:
-        """Create a policy over a registered base model.
+    async def create(
+        self,
+        name: PolicyName,
+        wanted: Policy,
+        request: Request | None = None,
+        *,
+        revisions: Sequence[Revision] = (),
+        aliases: Mapping[str, int] | None = None,
+    ) -> Written[Policy]:
+        """Create a policy over a registered base model, with adapters that exist already and aliases on them.
 
-        Raises ``InvalidArgument``, ``NotFound`` (base model), ``AlreadyExists``, ``RequestIdReused``.
+        Raises ``InvalidArgument``, ``NotFound`` (base model), ``AlreadyExists``, ``BlobMissing``,
+        ``BaseModelMismatch``, ``ResourceExhausted`` (quota), ``RequestIdReused``.
         """
-        base_name = BaseModelName.parse(wanted.base_model, field="policy.base_model")
-        lora = check_lora(wanted.lora, field="policy.lora")
-        _check_fields(wanted)
-        head_ref, base_ref = self._tables.policy(name), self._tables.base_model(base_name)
+        return await self.create_prepared(prepare(NewPolicy(name, wanted, revisions, aliases or {}, request)))
+
+    async def create_prepared(self, prepared: Prepared) -> Written[Policy]:
+        """:meth:`create` after its checks of what does not depend on the store."""
+        tables, name = self._tables, prepared.name
+        head_ref, base_ref = tables.policy(name), tables.base_model(prepared.base_model)
+        blob_refs = {blob: tables.blob(blob) for blob in prepared.blobs}
+        # A fresh name's revisions begin at 1: what the audit trail wants to know of them is read with the rest.
+        first = [tables.revision(RevisionName(name.tenant, name.policy, n + 1)) for n in range(len(prepared.digests))]
+        alias_refs = [tables.alias(alias) for alias, _ in prepared.aliases]
 
         async def body(draft: Draft) -> Answer[Policy]:
-            await draft.fetch(head_ref, base_ref)
-            old, base = draft.get(head_ref), draft.get(base_ref)
-            if old is not None and old.state is not PolicyState.DELETED:
-                raise AlreadyExists(
-                    f"{name} exists; choose another id or update it", metadata={"resource": str(name), "uid": old.uid}
-                )
-            if base is None:
-                raise not_found(base_name, "register the base model first")
-            time = now()
-            head = Policy(
-                name=name,
-                uid=str(uuid.uuid4()),
-                base_model=str(base_name),
-                base_digest=base.digest,
-                lora=lora,
-                labels=wanted.labels,
-                owner=wanted.owner,
-                description=wanted.description,
-                state=PolicyState.ACTIVE,
-                next_revision_number=old.next_revision_number if old else 1,
-                create_time=time,
-                update_time=time,
-            )
-            return draft.put(head_ref, head)
+            await draft.fetch(head_ref, base_ref, *blob_refs.values(), *first, *alias_refs)
+            old = draft.get(head_ref)
+            blobs = {blob.digest: draft.get(ref) for blob, ref in blob_refs.items()}
+            made = assemble(prepared, old, draft.get(base_ref), blobs, now())
+            for ref in blob_refs.values():
+                draft.hold(ref)
+            if old is not None and old.uid:  # it cannot come back any more; garbage collection removes what it left
+                purge = tables.keys.purge(name, old.uid)
+                draft.put_bytes(purge, str(old.next_revision_number).encode())
+            for revision in made.revisions:
+                draft.put(tables.revision(revision.name), revision)
+            for alias in made.aliases:
+                draft.put(tables.alias(alias.name), alias)
+            return draft.put(head_ref, made.head)
 
-        return await self._transactions.run(body, self._tables.codecs.policy, request)
+        return await self._transactions.run(body, tables.codecs.policy, prepared.request)
 
     async def get(self, name: PolicyName, *, min_revision: int = 0) -> Policy:
         """Read one policy. Raises ``NotFound``."""
@@ -102,7 +109,13 @@ class Policies:
         """
         _check_mask(mask)
         lora = check_lora(wanted.lora, field="policy.lora") if "lora" in mask else None
-        _check_fields(wanted)
+        check_fields(wanted)
+        if "state" in mask and wanted.state not in (PolicyState.ACTIVE, PolicyState.PAUSED):
+            raise InvalidArgument(
+                f"policy.state is {wanted.state.name}: an update sets ACTIVE or PAUSED; delete or undelete the policy "
+                "for another",
+                field="policy.state",
+            )
         ref = self._tables.policy(name)
 
         async def body(draft: Draft) -> Answer[Policy]:
@@ -150,44 +163,53 @@ class Policies:
                 draft.put_bytes(keys.grave(alias, head.uid), kv.value)
             draft.delete(self._tables.lease(name))
             time = now()
-            draft.put(ref, replace(head, state=PolicyState.DELETED, update_time=time, delete_time=time))
+            deleted = replace(
+                head, state=PolicyState.DELETED, undelete_state=head.state, update_time=time, delete_time=time
+            )
+            draft.put(ref, deleted)
             return Answer(ref, None)
 
         return await self._transactions.run_delete(body, self._tables.codecs.policy, request)
 
-    async def list(
-        self,
-        tenant: TenantName,
-        *,
-        page_size: int,
-        page_token: str,
-        filter_: str = "",
-        order_by: str = "",
-        min_revision: int = 0,
-    ) -> Page[Policy]:
-        """One page of a tenant's policies. Raises ``InvalidArgument``, ``RevisionCompacted``."""
-        if order_by:
-            raise InvalidArgument(
-                f"order_by is {order_by[:80]!r}: only the store's own order is offered; leave it empty",
-                field="order_by",
+    async def undelete(self, name: PolicyName, request: Request | None = None) -> Written[Policy]:
+        """Bring back a deleted policy with its aliases, in the state it had, until the grace period is over.
+
+        Raises ``NotFound``, ``WrongState`` (not deleted), ``RequestIdReused``.
+        """
+        ref, keys = self._tables.policy(name), self._tables.keys
+
+        async def body(draft: Draft) -> Answer[Policy]:
+            await draft.fetch(ref)
+            head = draft.get(ref)
+            if head is None:
+                raise not_found(name)
+            if head.state is not PolicyState.DELETED:
+                raise WrongState(
+                    f"{name} is {head.state.name}: only a deleted policy can be undeleted",
+                    metadata={"resource": str(name), "state": head.state.name},
+                )
+            time = now()
+            if not head.uid or head.delete_time is None or time - head.delete_time > self._undelete_grace:
+                raise not_found(name, f"it was deleted more than {self._undelete_grace} ago and cannot come back")
+            graves = keys.graves(name, head.uid)
+            # Whatever changes the graves changes the head, so this scan is as good as compared.
+            for kv in (await self._store.scan(graves, prefix_end(graves), limit=MAX_ALIASES)).values:
+                draft.delete_key(kv.key)
+                draft.put_bytes(keys.alias(keys.alias_name(kv.key)), kv.value)
+            restored = replace(
+                head,
+                state=head.undelete_state or PolicyState.ACTIVE,
+                undelete_state=PolicyState.UNSPECIFIED,
+                update_time=time,
+                delete_time=None,
             )
-        return await list_page(
-            self._store,
-            self._tables.keys.family("policies", tenant.tenant),
-            self._tables.codecs.policy,
-            bound=f"policies\0{tenant.tenant}\0{filter_}",
-            page_size=page_size,
-            page_token=page_token,
-            sharded=True,
-            keep=policy_filter.parse(filter_),
-            min_revision=min_revision,
-        )
+            return draft.put(ref, restored)
 
+        return await self._transactions.run(body, self._tables.codecs.policy, request)
 
-def _check_fields(policy: Policy) -> None:
-    check_labels(policy.labels, field="policy.labels")
-    check_text(policy.owner, field="policy.owner", max_chars=256)
-    check_text(policy.description, field="policy.description", max_chars=1024)
+    async def list(self, query: PolicyQuery) -> Page[Policy]:
+        """One page of policies. Raises ``InvalidArgument``, ``RevisionCompacted``."""
+        return await list_policies(self._store, self._tables, query)
 
 
 def _check_mask(mask: Collection[str]) -> None:

@@ -3,20 +3,24 @@
 ::
 
     base_model = "baseModels/qwen3" AND labels.team = "search" AND state = ACTIVE AND owner = "ada"
+    tenant = "acme" AND alias = "canary"
 
-Without a condition on ``state`` deleted policies are left out.
+Without a condition on ``state`` deleted policies are left out. A condition on ``alias`` wants an alias of that id; the
+head does not tell, so whoever lists looks it up.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final
 
 from mint_catalog.records import Policy, PolicyState
 from mint_core.errors import InvalidArgument
+from mint_core.names import check_id
 
-__all__ = ["parse"]
+__all__ = ["PolicyFilter", "parse"]
 
 _CONDITION: Final = re.compile(
     r'\s*(?P<field>[a-z_]+)(\.(?P<key>[a-z0-9][a-z0-9._-]{0,62}))?\s*=\s*("(?P<quoted>[^"\\]*)"|(?P<word>[\w./-]+))\s*'
@@ -26,6 +30,21 @@ _MAX_CHARS: Final = 2048
 _STATES: Final = ("ACTIVE", "PAUSED", "DELETED")
 
 _Predicate = Callable[[Policy], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyFilter:
+    """A filter that was understood; call it to ask whether a policy's head meets it."""
+
+    predicates: tuple[_Predicate, ...]
+    aliases: tuple[str, ...]
+    """Ids of aliases that the policy must have besides."""
+
+    tenant: str
+    """The one tenant that it allows; empty for any."""
+
+    def __call__(self, policy: Policy) -> bool:
+        return all(predicate(policy) for predicate in self.predicates)
 
 
 def _bad(text: str, position: int, expected: str) -> InvalidArgument:
@@ -42,19 +61,25 @@ def _predicate(field: str, key: str | None, value: str, text: str, position: int
         return lambda policy: policy.base_model == value
     if key is None and field == "owner":
         return lambda policy: policy.owner == value
+    if key is None and field == "tenant":
+        check_id(value, field="filter")
+        return lambda policy: policy.name.tenant == value
+    if key is None and field == "alias":
+        check_id(value, field="filter")
+        return lambda _: True
     if key is None and field == "state":
         if value not in _STATES:
             raise _bad(text, position, f"a state of {', '.join(_STATES)}")
         return lambda policy: policy.state is PolicyState[value]
-    raise _bad(text, position, "base_model, labels.KEY, owner or state")
+    raise _bad(text, position, "tenant, base_model, labels.KEY, owner, state or alias")
 
 
-def parse(text: str) -> _Predicate:
-    """The predicate of a filter. Raises ``InvalidArgument`` naming the place that is not understood."""
+def parse(text: str) -> PolicyFilter:
+    """Understand a filter. Raises ``InvalidArgument`` naming the place that is not understood."""
     if len(text) > _MAX_CHARS:
         raise InvalidArgument(f"filter has {len(text)} characters: at most {_MAX_CHARS}", field="filter")
     predicates: list[_Predicate] = []
-    names_state = False
+    values: dict[str, list[str]] = {"alias": [], "state": [], "tenant": []}
     position = 0
     while text.strip():
         match = _CONDITION.match(text, position)
@@ -62,7 +87,7 @@ def parse(text: str) -> _Predicate:
             raise _bad(text, position, 'a condition like labels.team = "search"')
         value = match["quoted"] if match["quoted"] is not None else match["word"]
         predicates.append(_predicate(match["field"], match["key"], value, text, position))
-        names_state = names_state or match["field"] == "state"
+        values.setdefault(match["field"], []).append(value)
         position = match.end()
         if position == len(text):
             break
@@ -70,6 +95,9 @@ def parse(text: str) -> _Predicate:
         if joined is None:
             raise _bad(text, position, "AND")
         position = joined.end()
-    if not names_state:
+    if not values["state"]:
         predicates.append(lambda policy: policy.state is not PolicyState.DELETED)
-    return lambda policy: all(predicate(policy) for predicate in predicates)
+    tenants = set(values["tenant"])
+    return PolicyFilter(
+        tuple(predicates), tuple(dict.fromkeys(values["alias"])), tenants.pop() if len(tenants) == 1 else ""
+    )

@@ -26,27 +26,33 @@ from mint_core.names import (
 __all__ = [
     "Alias",
     "AliasHistoryEntry",
+    "AliasSplit",
     "AliasTarget",
     "Attribution",
     "BaseModel",
     "BlobRecord",
     "BlobRef",
     "BlobState",
+    "Canary",
     "EngineReplica",
     "EngineReplicaState",
     "Evaluation",
     "Fence",
+    "Gate",
+    "GateCondition",
     "Holder",
     "Lineage",
     "LoraConfig",
     "Numerics",
     "Policy",
+    "PolicyQuota",
     "PolicyState",
     "Published",
     "Resolution",
     "Revision",
     "RevisionState",
     "Rollout",
+    "SplitSide",
     "TrainingState",
     "check_etag",
     "etag_of",
@@ -166,6 +172,14 @@ class BaseModel:
 
 
 @dataclass(frozen=True, slots=True)
+class PolicyQuota:
+    """Bounds of one policy; 0 means none."""
+
+    max_revisions: int = 0
+    max_open_runs: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Policy:
     """The head of a policy record."""
 
@@ -183,6 +197,9 @@ class Policy:
     create_time: datetime | None = None
     update_time: datetime | None = None
     delete_time: datetime | None = None
+    quota: PolicyQuota | None = None
+    undelete_state: PolicyState = PolicyState.UNSPECIFIED
+    """What an undelete brings back; set while deleted."""
     mod_revision: int = 0
 
 
@@ -219,9 +236,51 @@ class AliasTarget:
 
 
 @dataclass(frozen=True, slots=True)
+class Canary:
+    target: AliasTarget | None = None
+    weight: float = 0.0
+    salt: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class GateCondition:
+    scorer: str = ""
+    metric: str = ""
+    data_digest: str = ""
+    min_value: float | None = None
+    max_regression: float | None = None
+    min_examples: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    conditions: tuple[GateCondition, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class AliasHistoryEntry:
     target: AliasTarget | None = None
     attribution: Attribution | None = None
+    rolled_back_canary: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class SplitSide:
+    """A resolution without what belongs to one answer."""
+
+    revision: str = ""
+    blob: BlobRef | None = None
+    object_key: str = ""
+    base_model: str = ""
+    base_digest: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class AliasSplit:
+    weight: float = 0.0
+    salt: str = ""
+    active: SplitSide | None = None
+    canary: SplitSide | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,6 +293,8 @@ class Resolution:
     canary: bool = False
     stale: bool = False
     catalog_revision: int = 0
+    split: AliasSplit | None = None
+    """Only in answers, never stored."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,6 +305,9 @@ class Alias:
     policy_uid: str = ""
     update_time: datetime | None = None
     resolution: Resolution | None = None
+    canary: Canary | None = None
+    canary_resolution: Resolution | None = None
+    gate: Gate | None = None
     mod_revision: int = 0
 
 
@@ -253,6 +317,8 @@ class BlobRecord:
     blob: BlobRef | None = None
     object_key: str = ""
     state: BlobState = BlobState.UNSPECIFIED
+    update_time: datetime | None = None
+    """Its age counts from here; None in a record that was written before there was garbage collection."""
     mod_revision: int = 0
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import replace
 
 from mint_catalog.checks import check_holder, check_range, check_text, not_found
 from mint_catalog.leases import lease_held, lease_lost
 from mint_catalog.paging import list_all
 from mint_catalog.records import EngineReplica, EngineReplicaState, Holder, now
+from mint_catalog.residency import Wants, Wishes
 from mint_catalog.store import Compare, Delete, Field, KeyValue, LeaseGone, Put, Store
 from mint_catalog.tables import Tables
 from mint_core.errors import Aborted, BaseModelMismatch, InvalidArgument
@@ -26,6 +28,7 @@ class Registry:
     def __init__(self, store: Store, tables: Tables) -> None:
         self._store = store
         self._tables = tables
+        self._wishes = Wishes(store, tables)
 
     async def register(self, wanted: EngineReplica, holder: str, ttl_s: int) -> int:
         """Register a replica; returns the token for renewals. The same holder again renews and updates its record.
@@ -95,8 +98,13 @@ class Registry:
             return result.succeeded
         return False
 
-    async def renew(self, name: EngineReplicaName, token: int, state: EngineReplicaState) -> None:
-        """Renew a registration and set its state; UNSPECIFIED leaves it. Raises ``LeaseLost``."""
+    async def renew(
+        self, name: EngineReplicaName, token: int, state: EngineReplicaState, held_digests: Sequence[str] = ()
+    ) -> Wants:
+        """Renew a registration and set its state; UNSPECIFIED leaves it. Raises ``LeaseLost``.
+
+        Returns what is wanted of the replica; ``held_digests`` are what of the last answer the engine holds.
+        """
         kv = (await self._store.get([self._tables.engine(name).key])).values[0]
         if kv is None or kv.create_revision != token:
             raise lease_lost(name, token)
@@ -104,6 +112,7 @@ class Registry:
         wanted = known if state is EngineReplicaState.UNSPECIFIED else replace(known, state=state)
         if not await self._renew(kv, wanted):
             raise lease_lost(name, token)
+        return await self._wishes.answer(kv, wanted, held_digests)
 
     async def deregister(self, name: EngineReplicaName, token: int) -> None:
         """End a registration; one that has ended is a no-op."""

@@ -20,11 +20,16 @@ from mint_catalog.store import KeyValue
 from mint_core.clock import wall_s
 from mint_core.errors import InvalidArgument, RequestIdReused
 
-__all__ = ["Request", "StoredAnswer"]
+__all__ = ["Request", "StoredAnswer", "bucket_at"]
 
 _BUCKET_S: Final = 86_400
 _HEADER: Final = struct.Struct(">B32sQHB")
 _VERSION: Final = 1
+
+
+def bucket_at(time_s: float) -> int:
+    """The bucket of ids that are written at a time, in seconds since the epoch."""
+    return int(time_s // _BUCKET_S)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +74,7 @@ class Request:
         """The key to write, and the others that the id may lie under."""
         identity = "\0".join((self.principal, self.method, self.request_id))
         name = hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
-        bucket = int(wall_s() // _BUCKET_S)
+        bucket = bucket_at(wall_s())
         return [keys.request(bucket + offset, self.tenant, name) for offset in (0, -1, 1)]
 
     def encode(self, key: bytes, value: bytes | None, mod_revision: int) -> bytes:

@@ -1,73 +1,112 @@
-"""Resolving a name to the adapter it stands for: an alias in one read, a revision in one."""
+"""Resolving a name to the adapter it stands for: an alias out of the cache or in one read, a revision in one read."""
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Final
 
-from mint_catalog.aliases import Aliases
-from mint_catalog.checks import not_found
+from mint_catalog.cache import AliasCache
+from mint_catalog.checks import live_policy, not_found
+from mint_catalog.gather import GatheredReads
+from mint_catalog.paging import check_revision
 from mint_catalog.records import Resolution
-from mint_catalog.revisions import Revisions
+from mint_catalog.revisions import own_revision
+from mint_catalog.split import chosen, resolution_of
+from mint_catalog.store import ReadResult, Store
+from mint_catalog.tables import Tables
 from mint_core.errors import InvalidArgument, MintError
 from mint_core.names import AliasName, RevisionName
 
-__all__ = ["Resolver"]
+__all__ = ["Freshness", "Resolver"]
 
 _MAX_BATCH: Final = 1000
-_MAX_CONCURRENT: Final = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Freshness:
+    """How fresh an answer must be; neither field set means within the cache's staleness bound."""
+
+    strong: bool = False
+    min_revision: int = 0
+    """At least this catalog revision."""
+
+
+_DEFAULT: Final = Freshness()
 
 
 class Resolver:
-    """Answers Resolve from the store, always at its head."""
+    """Answers Resolve: aliases from the cache where that is as fresh as asked for, all else from the store's head."""
 
-    def __init__(self, aliases: Aliases, revisions: Revisions) -> None:
-        self._aliases = aliases
-        self._revisions = revisions
+    def __init__(self, store: Store, tables: Tables, cache: AliasCache) -> None:
+        self._reads = GatheredReads(store)
+        self._tables = tables
+        self._cache = cache
 
-    async def resolve(self, name: str, *, min_revision: int = 0) -> Resolution:
-        """Resolve an alias name or a revision name.
+    async def resolve(self, name: str, sticky_key: str = "", freshness: Freshness = _DEFAULT) -> Resolution:
+        """Resolve an alias name or a revision name. ``sticky_key`` decides who sees an alias's canary.
 
         Raises ``InvalidArgument``, ``NotFound``, ``Unavailable``.
         """
+        if (known := self._known(name, sticky_key, freshness)) is not None:
+            return known
         parsed = _parse(name)
-        if isinstance(parsed, AliasName):
-            return await self._alias(parsed, min_revision)
-        return await self._revision(parsed, min_revision)
+        return self._answer(parsed, sticky_key, freshness, await self._reads.get(self._keys(parsed)))
 
-    async def resolve_batch(self, names: Sequence[str], *, min_revision: int = 0) -> list[Resolution | MintError]:
+    async def resolve_batch(
+        self, names: Sequence[str], freshness: Freshness = _DEFAULT
+    ) -> list[Resolution | MintError]:
         """Resolve up to 1000 names; an answer or error for each. Raises ``InvalidArgument`` for no or too many."""
         if not 1 <= len(names) <= _MAX_BATCH:
             raise InvalidArgument(f"names has {len(names)} entries: expected 1 to {_MAX_BATCH}", field="names")
-        slots = asyncio.Semaphore(_MAX_CONCURRENT)
+        answers: dict[str, Resolution | MintError] = {}
+        asked: dict[str, AliasName | RevisionName] = {}
+        for name in dict.fromkeys(names):
+            try:
+                known = self._known(name, "", freshness)
+                if known is None:
+                    asked[name] = _parse(name)
+                else:
+                    answers[name] = known
+            except MintError as error:
+                answers[name] = error
+        read = await self._reads.get_each([self._keys(parsed) for parsed in asked.values()])
+        for (name, parsed), result in zip(asked.items(), read, strict=True):
+            try:
+                answers[name] = result if isinstance(result, MintError) else self._answer(parsed, "", freshness, result)
+            except MintError as error:
+                answers[name] = error
+        return [answers[name] for name in names]
 
-        async def one(name: str) -> Resolution | MintError:
-            async with slots:
-                try:
-                    return await self.resolve(name, min_revision=min_revision)
-                except MintError as error:
-                    return error
+    def _known(self, name: str, sticky_key: str, freshness: Freshness) -> Resolution | None:
+        # Names are written in one way only, so what was not parsed yet can be looked up as it came.
+        known = None if freshness.strong else self._cache.get(name, min_revision=freshness.min_revision)
+        if known is None:
+            return None
+        alias, right_at = known
+        return replace(chosen(alias, sticky_key), catalog_revision=right_at)
 
-        return list(await asyncio.gather(*map(one, names)))
+    def _keys(self, name: AliasName | RevisionName) -> list[bytes]:
+        keys = self._tables.keys
+        return [keys.alias(name)] if isinstance(name, AliasName) else [keys.policy(name.parent), keys.revision(name)]
 
-    async def _alias(self, name: AliasName, min_revision: int) -> Resolution:
-        alias, catalog_revision = await self._aliases.read(name, min_revision=min_revision)
-        if alias.resolution is None:
-            raise not_found(name)
-        return replace(alias.resolution, catalog_revision=catalog_revision)
-
-    async def _revision(self, name: RevisionName, min_revision: int) -> Resolution:
-        head, revision, catalog_revision = await self._revisions.read(name, min_revision=min_revision)
-        return Resolution(
-            revision=str(name),
-            blob=revision.blob,
-            object_key=revision.object_key,
-            base_model=head.base_model,
-            base_digest=revision.base_digest,
-            catalog_revision=catalog_revision,
-        )
+    def _answer(
+        self, name: AliasName | RevisionName, sticky_key: str, freshness: Freshness, read: ReadResult
+    ) -> Resolution:
+        check_revision(read.revision, freshness.min_revision)
+        codecs = self._tables.codecs
+        if isinstance(name, AliasName):
+            (kv,) = read.values
+            if kv is None:
+                raise not_found(name)
+            alias = codecs.alias.decode(kv)
+            self._cache.fill(alias, read.revision)
+            resolution = chosen(alias, sticky_key)
+        else:
+            head_kv, kv = read.values
+            head = live_policy(codecs.policy.decode(head_kv) if head_kv else None, name.parent)
+            resolution = resolution_of(head, own_revision(codecs.revision.decode(kv) if kv else None, head, name))
+        return replace(resolution, catalog_revision=read.revision)
 
 
 def _parse(name: str) -> AliasName | RevisionName:

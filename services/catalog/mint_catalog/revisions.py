@@ -1,19 +1,24 @@
-"""Adapter revisions: publication, reading, retirement.
+"""Adapter revisions: publication, reading, retirement, deletion.
 
 Publish is one transaction: the fence is valid, the head is unchanged, the blob is VERIFIED and its record is touched.
 It allocates the number, and is idempotent by (policy, run, step) and by request id.
+
+A deleted revision keeps its record: number and digest stay known for ever, everything else about it is gone for
+readers, and its blob is no longer held by it. (run, step) of a deleted revision is not published again.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from mint_catalog.blobs import verified_blob
-from mint_catalog.checks import check_lora, check_range, check_text, live_policy, not_found
+from mint_catalog.blobs import release_blob, verified_blob
+from mint_catalog.checks import check_lineage, check_lora, check_range, check_text, live_policy, not_found
 from mint_catalog.draft import Answer, Draft, Transactions, Written
 from mint_catalog.leases import require_fence
 from mint_catalog.paging import Page, check_revision, list_page
+from mint_catalog.quota import check_revisions
 from mint_catalog.records import (
+    Alias,
     BlobRef,
     Fence,
     Lineage,
@@ -25,13 +30,15 @@ from mint_catalog.records import (
     now,
 )
 from mint_catalog.requests import Request
-from mint_catalog.store import Store
+from mint_catalog.store import Store, prefix_end
 from mint_catalog.tables import Tables
 from mint_core import failpoints
 from mint_core.errors import AlreadyExists, BaseModelMismatch, InvalidArgument, LeaseHeld, WrongState
-from mint_core.names import BlobName, PolicyName, RevisionName, RunName, check_digest
+from mint_core.names import BlobName, PolicyName, RevisionName, check_digest
 
 __all__ = ["Revisions", "own_digest", "own_revision"]
+
+_MAX_ALIASES = 1000
 
 _BEFORE = failpoints.declare("catalog.publish.before", "the blob is verified, the revision is not published yet")
 _AFTER = failpoints.declare("catalog.publish.after", "the revision is published, the answer is not sent yet")
@@ -78,11 +85,12 @@ class Revisions:
         """Publish a verified blob as the policy's next revision.
 
         Raises ``InvalidArgument``, ``NotFound``, ``AlreadyExists`` ((run, step) has another digest), ``LeaseLost``,
-        ``LeaseHeld`` (unfenced while somebody trains), ``BlobMissing``, ``BaseModelMismatch``, ``RequestIdReused``.
+        ``LeaseHeld`` (unfenced while somebody trains), ``BlobMissing``, ``BaseModelMismatch``, ``ResourceExhausted``
+        (quota), ``RequestIdReused``.
         """
         blob, lineage = wanted.blob or BlobRef(), wanted.lineage or Lineage()
         blob_name = BlobName(policy.tenant, check_digest(blob.digest, field="revision.blob.digest"))
-        run = _check_lineage(policy, lineage)
+        run = check_lineage(policy, lineage, field="revision.lineage")
         lora = check_lora(wanted.lora, field="revision.lora")
         check_range(wanted.num_tensors, field="revision.num_tensors", least=0)
         check_text(wanted.layout, field="revision.layout", max_chars=64)
@@ -109,6 +117,7 @@ class Revisions:
                 raise _other_digest(head, published, blob)
             record = verified_blob(draft.get(blob_ref), blob_name)
             _check_fits(wanted, head, record.blob or BlobRef())
+            await check_revisions(self._store, self._tables, head)
             number = head.next_revision_number
             name = RevisionName(policy.tenant, policy.policy, number)
             revision = Revision(
@@ -140,7 +149,10 @@ class Revisions:
         name = RevisionName(head.name.tenant, head.name.policy, number)
         ref = self._tables.revision(name)
         await draft.fetch(ref)
-        return Answer(ref, own_revision(draft.get(ref), head, name))
+        revision = draft.get(ref)
+        if revision is not None and revision.state is RevisionState.DELETED:
+            raise not_found(name, "this run and step was published as it, and it was deleted; publish a later step")
+        return Answer(ref, own_revision(revision, head, name))
 
     async def get(self, name: RevisionName, *, min_revision: int = 0) -> Revision:
         """Read one revision. Raises ``NotFound``."""
@@ -192,22 +204,56 @@ class Revisions:
 
         return await self._transactions.run(body, self._tables.codecs.revision, request)
 
+    async def delete(self, name: RevisionName, etag: str = "", request: Request | None = None) -> int:
+        """Delete a retired revision that no alias names; returns the catalog revision.
 
-def _check_lineage(policy: PolicyName, lineage: Lineage) -> RunName | None:
-    check_range(lineage.step, field="revision.lineage.step", least=0)
-    if lineage.parent_revision:
-        RevisionName.parse(lineage.parent_revision, field="revision.lineage.parent_revision")
-    if lineage.data_digest:
-        check_digest(lineage.data_digest, field="revision.lineage.data_digest")
-    check_text(lineage.code_version, field="revision.lineage.code_version", max_chars=128)
-    if not lineage.run:
-        return None
-    run = RunName.parse(lineage.run, field="revision.lineage.run")
-    if run.tenant != policy.tenant:
-        raise InvalidArgument(
-            f"revision.lineage.run is {run}: it must belong to tenants/{policy.tenant}", field="revision.lineage.run"
+        Raises ``NotFound``, ``EtagMismatch``, ``WrongState`` (not RETIRED, or named by an alias as its target, its
+        canary or in its history), ``RequestIdReused``.
+        """
+        tables = self._tables
+        head_ref, ref = tables.policy(name.parent), tables.revision(name)
+        aliases = tables.keys.aliases(name.parent)
+
+        async def body(draft: Draft) -> Answer[Revision]:
+            await draft.fetch(head_ref, ref)
+            head = live_policy(draft.get(head_ref), name.parent)
+            revision = own_revision(draft.get(ref), head, name)
+            check_etag(etag, revision.mod_revision, resource=name)
+            if revision.state is not RevisionState.RETIRED:
+                raise WrongState(
+                    f"{name} is {revision.state.name}: retire it before it is deleted",
+                    metadata={"resource": str(name), "state": revision.state.name},
+                )
+            # Whatever moves an alias bumps the head, so this scan is as good as compared.
+            for kv in (await self._store.scan(aliases, prefix_end(aliases), limit=_MAX_ALIASES)).values:
+                _check_unnamed(tables.codecs.alias.decode(kv), name)
+            if revision.blob is not None:
+                blob = BlobName(name.tenant, revision.blob.digest)
+                await draft.fetch(tables.blob(blob))
+                release_blob(draft, tables, blob)
+            draft.touch(head_ref)
+            return draft.put(ref, replace(revision, state=RevisionState.DELETED))
+
+        return (await self._transactions.run(body, tables.codecs.revision, request)).catalog_revision
+
+
+def _check_unnamed(alias: Alias, name: RevisionName) -> None:
+    """Raise ``WrongState`` if the alias needs the revision."""
+    canary = alias.canary.target if alias.canary else None
+    # A canary that was taken back is nothing to roll back to.
+    moves = [entry.target for entry in alias.history if not entry.rolled_back_canary]
+    why = ""
+    if alias.active is not None and alias.active.revision_number == name.number:
+        why = "points at it: promote another revision or delete the alias first"
+    elif canary is not None and canary.revision_number == name.number:
+        why = "has it as its canary: clear the canary first"
+    elif any(target is not None and target.revision_number == name.number for target in moves):
+        why = "has it in its history, where a rollback may need it: move the alias on, or delete it"
+    if why:
+        raise WrongState(
+            f"{name} cannot be deleted: {alias.name} {why}",
+            metadata={"resource": str(name), "alias": str(alias.name)},
         )
-    return run
 
 
 def _other_digest(head: Policy, published: Published, blob: BlobRef) -> AlreadyExists:

@@ -201,6 +201,9 @@ class Run:
     end_time: datetime | None = None
     policy_uid: str = ""
     finished_fence: int = 0
+    dead_letter: bool = False
+    not_before_time: datetime | None = None
+    num_failures: int = 0
     mod_revision: int = 0
 
     @property

@@ -1,4 +1,4 @@
-"""Training runs as users see them: queue one, read, list, cancel."""
+"""Runs as users see them: queue one, read, list, cancel, retry."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from typing import Final
 from mint_catalog.blobs import verified_blob
 from mint_catalog.checks import check_active, check_range, check_text, live_policy, not_found
 from mint_catalog.draft import Answer, Draft, Transactions, Written
-from mint_catalog.keys import Keys
 from mint_catalog.paging import Page, list_page
+from mint_catalog.quota import check_open_runs
 from mint_catalog.recipes import check_recipe, data_blobs, evaluated, num_steps, with_blobs
 from mint_catalog.records import BlobRef, Policy, now
 from mint_catalog.requests import Request
 from mint_catalog.revisions import own_revision
 from mint_catalog.run_records import Run, RunEvent, RunProgress, RunState, RunStep
-from mint_catalog.store import KeyValue, Store
+from mint_catalog.store import Store
 from mint_catalog.tables import Tables
+from mint_catalog.waiting import dequeue, enqueue
 from mint_core.errors import AlreadyExists, InvalidArgument, WrongState
-from mint_core.names import BaseModelName, BlobName, PolicyName, RevisionName, RunName, TenantName, check_id
+from mint_core.names import BlobName, PolicyName, RevisionName, RunName, TenantName, check_id
 
-__all__ = ["Runs", "ended", "enqueue", "leased_resource", "waiting_for", "with_events"]
+__all__ = ["Runs", "ended", "with_events"]
 
 _MAX_EVENTS: Final = 64
 _MAX_PRIORITY: Final = 1_000_000
-_EVALUATION: Final = "evaluation"
 
 
 def with_events(run: Run, *events: RunEvent) -> Run:
@@ -40,35 +40,8 @@ def ended(run: Run, state: RunState, *, kind: str, message: str, error: str = ""
     return with_events(replace(run, state=state, error=error, end_time=time), RunEvent(time, kind, message))
 
 
-def _queue_key(tables: Tables, base_model: str, run: Run) -> bytes:
-    """Where the run waits; the same place each time it goes back."""
-    created = run.create_time.timestamp() if run.create_time else 0.0
-    name = BaseModelName.parse(base_model)
-    return tables.keys.queued(name, run.name, priority=run.priority, create_time_us=round(created * 1e6))
-
-
-def leased_resource(run: Run) -> PolicyName | RunName:
-    """What a worker leases to work on the run: its policy, or, for an evaluation, which changes no policy, the run."""
-    return run.name if run.evaluation is not None else PolicyName.parse(run.policy)
-
-
-def enqueue(draft: Draft, tables: Tables, base_model: str, run: Run) -> None:
-    """Let the run wait for a worker. The entry tells its policy and what is leased, without reading the run."""
-    policy = PolicyName.parse(run.policy).policy
-    value = policy if run.evaluation is None else f"{policy}/{_EVALUATION}"
-    draft.put_bytes(_queue_key(tables, base_model, run), value.encode())
-
-
-def waiting_for(keys: Keys, entry: KeyValue) -> tuple[PolicyName, PolicyName | RunName]:
-    """The policy of a queue's entry, and what its claim will lease."""
-    run = keys.run_name(entry.key)
-    policy_id, _, kind = entry.value.decode().partition("/")
-    policy = PolicyName(run.tenant, policy_id)
-    return policy, run if kind == _EVALUATION else policy
-
-
 class Runs:
-    """Create, read, list and cancel runs."""
+    """Create, read, list, cancel and retry runs."""
 
     def __init__(self, store: Store, tables: Tables) -> None:
         self._store = store
@@ -81,7 +54,7 @@ class Runs:
         """Queue a run; an empty ``run_id`` lets the catalog choose. ``wanted.name`` is ignored.
 
         Raises ``InvalidArgument``, ``NotFound``, ``AlreadyExists``, ``BlobMissing``, ``WrongState`` (policy not
-        ACTIVE), ``RequestIdReused``.
+        ACTIVE), ``ResourceExhausted`` (quota), ``RequestIdReused``.
         """
         policy = PolicyName.parse(wanted.policy, field="run.policy")
         if policy.tenant != tenant.tenant:
@@ -90,23 +63,18 @@ class Runs:
         check_range(wanted.priority, field="run.priority", least=-_MAX_PRIORITY, most=_MAX_PRIORITY)
         if run_id:
             check_id(run_id, field="run_id")
-        blobs = {blob.digest: BlobName(tenant.tenant, blob.digest) for blob in data_blobs(wanted).values()}
-        refs = {digest: self._tables.blob(name) for digest, name in blobs.items()}
         head_ref = self._tables.policy(policy)
 
         async def body(draft: Draft) -> Answer[Run]:
             name = RunName(tenant.tenant, run_id or f"run-{uuid.uuid4().hex[:12]}")
             ref = self._tables.run(name)
-            await draft.fetch(ref, head_ref, *refs.values())
+            await draft.fetch(ref, head_ref)
             if draft.get(ref) is not None:
                 raise AlreadyExists(f"{name} exists; choose another id", metadata={"resource": str(name)})
             head = live_policy(draft.get(head_ref), policy)
             check_active(head)
-            sizes: dict[str, BlobRef] = {}
-            for digest, blob_ref in refs.items():
-                record = verified_blob(draft.get(blob_ref), blobs[digest])
-                sizes[digest] = record.blob or BlobRef(digest)
-                draft.touch(blob_ref)  # a condemnation under way loses
+            await check_open_runs(self._store, self._tables, draft, head)
+            sizes = await self._use_data(draft, tenant.tenant, wanted)
             await self._check_evaluated(draft, wanted, head)
             time = now()
             run = Run(
@@ -131,6 +99,19 @@ class Runs:
             return draft.put(ref, run)
 
         return await self._transactions.run(body, self._tables.codecs.run, request)
+
+    async def _use_data(self, draft: Draft, tenant: str, run: Run) -> dict[str, BlobRef]:
+        """Let the draft commit only while the run's data is stored; answers it by digest, with its true size."""
+        blobs = {blob.digest: BlobName(tenant, blob.digest) for blob in data_blobs(run).values()}
+        refs = {digest: self._tables.blob(name) for digest, name in blobs.items()}
+        if refs:
+            await draft.fetch(*refs.values())
+        sizes: dict[str, BlobRef] = {}
+        for digest, ref in refs.items():
+            record = verified_blob(draft.get(ref), blobs[digest])
+            sizes[digest] = record.blob or BlobRef(digest)
+            draft.touch(ref)  # a condemnation under way loses
+        return sizes
 
     async def _check_evaluated(self, draft: Draft, wanted: Run, head: Policy) -> None:
         if wanted.evaluation is None:
@@ -160,21 +141,37 @@ class Runs:
         return ref.codec.decode(kv), result.revision
 
     async def list(
-        self, tenant: TenantName, *, page_size: int, page_token: str, policies: Sequence[str] = ()
+        self,
+        tenant: TenantName,
+        *,
+        page_size: int,
+        page_token: str,
+        policies: Sequence[str] = (),
+        state: RunState = RunState.UNSPECIFIED,
+        dead_letter: bool = False,
     ) -> Page[Run]:
-        """One page of a tenant's runs, only those of ``policies`` if any are named.
+        """One page of a tenant's runs: those of ``policies`` if any are named, those in ``state`` if it is not
+        UNSPECIFIED, with ``dead_letter`` only those that have failed for good.
 
         Raises ``InvalidArgument``, ``RevisionCompacted``.
         """
+
+        def keep(run: Run) -> bool:
+            return (
+                (not policies or run.policy in policies)
+                and state in (RunState.UNSPECIFIED, run.state)
+                and (run.dead_letter or not dead_letter)
+            )
+
         return await list_page(
             self._store,
             self._tables.keys.family("runs", tenant.tenant),
             self._tables.codecs.run,
-            bound=f"runs\0{tenant.tenant}\0{','.join(policies)}",
+            bound=f"runs\0{tenant.tenant}\0{','.join(policies)}\0{int(state)}\0{int(dead_letter)}",
             page_size=page_size,
             page_token=page_token,
             sharded=True,
-            keep=(lambda run: run.policy in policies) if policies else None,
+            keep=keep if policies or state or dead_letter else None,
         )
 
     async def steps(self, name: RunName, *, page_size: int, page_token: str) -> Page[RunStep]:
@@ -210,6 +207,7 @@ class Runs:
                     f"{name} has {run.state.name}: there is nothing to cancel",
                     metadata={"resource": str(name), "state": run.state.name},
                 )
+            draft.reason = reason
             message = reason or "cancelled"
             if run.state is RunState.CANCELLING:
                 return Answer(ref, run)
@@ -221,7 +219,46 @@ class Runs:
             head = draft.get(head_ref)
             if head is not None:
                 # A tombstone still knows the base; a queue entry that is left over is dropped by the next claim.
-                draft.delete_key(_queue_key(self._tables, head.base_model, run))
+                dequeue(draft, self._tables, head.base_model, run)
             return draft.put(ref, ended(run, RunState.CANCELLED, kind="cancelled", message=message))
 
         return (await self._transactions.run(body, self._tables.codecs.run)).record
+
+    async def retry(self, name: RunName, reason: str, actor: str, request: Request | None = None) -> Run:
+        """Queue a run that has failed again, with its failures counted anew; it goes on from its newest state.
+
+        Raises ``NotFound`` (also for a policy that was deleted), ``WrongState`` (not FAILED, or the policy is not
+        ACTIVE), ``BlobMissing``, ``ResourceExhausted`` (quota), ``RequestIdReused``.
+        """
+        check_text(reason, field="reason", max_chars=1024)
+        ref = self._tables.run(name)
+
+        async def body(draft: Draft) -> Answer[Run]:
+            draft.reason = reason
+            await draft.fetch(ref)
+            run = draft.get(ref)
+            if run is None:
+                raise not_found(name)
+            if run.state is not RunState.FAILED:
+                raise WrongState(
+                    f"{name} is {run.state.name}: only a FAILED run is retried; create a new one instead",
+                    metadata={"resource": str(name), "state": run.state.name},
+                )
+            policy = PolicyName.parse(run.policy)
+            head_ref = self._tables.policy(policy)
+            await draft.fetch(head_ref)
+            head = live_policy(draft.get(head_ref), policy)
+            if head.uid != run.policy_uid:
+                raise not_found(policy, f"the policy of {name} was deleted, and this is another one of its name")
+            check_active(head)
+            await check_open_runs(self._store, self._tables, draft, head)
+            await self._use_data(draft, name.tenant, run)
+            await self._check_evaluated(draft, run, head)
+            run = replace(
+                run, state=RunState.QUEUED, error="", end_time=None, dead_letter=False, num_failures=0, worker=""
+            )
+            enqueue(draft, self._tables, head.base_model, run)
+            message = f"by {actor}: {reason}" if reason else f"by {actor}"
+            return draft.put(ref, with_events(run, RunEvent(now(), "retried", message)))
+
+        return (await self._transactions.run(body, self._tables.codecs.run, request)).record

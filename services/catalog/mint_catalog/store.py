@@ -28,6 +28,7 @@ __all__ = [
     "Change",
     "Compare",
     "Delete",
+    "DeleteRange",
     "Field",
     "KeyValue",
     "LeaseGone",
@@ -63,15 +64,21 @@ class Field(Enum):
 
     CREATE = "create_revision"
     MOD = "mod_revision"
+    VALUE = "value"
 
 
 @dataclass(frozen=True, slots=True)
 class Compare:
-    """Holds when the field of the key equals ``revision``; 0 means that the key is absent."""
+    """Holds when the field of the key equals ``revision``; 0 means that the key is absent.
+
+    With ``Field.VALUE`` it holds when the key is there and has this ``value``, however often it was written: what
+    many writers touch without changing it does not make them conflict.
+    """
 
     key: bytes
     field: Field
-    revision: int
+    revision: int = 0
+    value: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +97,15 @@ class Delete:
     key: bytes
 
 
-Operation: TypeAlias = Put | Delete
+@dataclass(frozen=True, slots=True)
+class DeleteRange:
+    """Remove every key of ``[start, end)``."""
+
+    start: bytes
+    end: bytes
+
+
+Operation: TypeAlias = Put | Delete | DeleteRange
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,8 +170,26 @@ class Store(Protocol):
         """Read keys at one revision: the head (0) or an older one. Raises ``RevisionCompacted``, ``Unavailable``."""
         ...
 
-    async def scan(self, start: bytes, end: bytes, *, limit: int, revision: int = 0) -> ScanResult:
-        """Read at most ``limit`` keys of ``[start, end)`` in order. Raises ``RevisionCompacted``, ``Unavailable``."""
+    async def scan(
+        self, start: bytes, end: bytes, *, limit: int, revision: int = 0, keys_only: bool = False
+    ) -> ScanResult:
+        """Read at most ``limit`` keys of ``[start, end)`` in order; with ``keys_only`` the values are empty.
+
+        Raises ``RevisionCompacted``, ``Unavailable``.
+        """
+        ...
+
+    async def scan_each(
+        self, ranges: Sequence[tuple[bytes, bytes]], *, limit: int, revision: int = 0
+    ) -> list[ScanResult]:
+        """Read at most ``limit`` keys of each of up to 128 ranges, all at one revision.
+
+        Raises ``RevisionCompacted``, ``Unavailable``.
+        """
+        ...
+
+    async def count(self, start: bytes, end: bytes, *, revision: int = 0) -> int:
+        """Number of keys in ``[start, end)``, without reading them. Raises ``RevisionCompacted``, ``Unavailable``."""
         ...
 
     async def txn(self, compares: Sequence[Compare], operations: Sequence[Operation]) -> TxnResult:

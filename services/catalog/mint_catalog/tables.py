@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
+from mint_catalog.fleet_records import FleetOperation, FleetResult, TenantErasure
 from mint_catalog.keys import Keys
 from mint_catalog.records import (
     Alias,
@@ -26,6 +27,7 @@ from mint_core.names import (
     BlobName,
     EngineReplicaName,
     EvaluationName,
+    FleetOperationName,
     PolicyName,
     RevisionName,
     RolloutName,
@@ -65,7 +67,10 @@ class Codecs:
     base_model: RecordCodec[BaseModel]
     blob: RecordCodec[BlobRecord]
     engine: RecordCodec[EngineReplica]
+    erasure: RecordCodec[TenantErasure]
     evaluation: RecordCodec[Evaluation]
+    fleet_operation: RecordCodec[FleetOperation]
+    fleet_result: RecordCodec[FleetResult]
     holder: RecordCodec[Holder]
     policy: RecordCodec[Policy]
     published: RecordCodec[Published]
@@ -112,6 +117,15 @@ class Tables:
 
     def evaluation(self, name: EvaluationName, uid: str) -> Ref[Evaluation]:
         return Ref(self.keys.evaluation(name, uid), self.codecs.evaluation)
+
+    def erasure(self, tenant: str) -> Ref[TenantErasure]:
+        return Ref(self.keys.erasure(tenant), self.codecs.erasure)
+
+    def fleet_operation(self, name: FleetOperationName) -> Ref[FleetOperation]:
+        return Ref(self.keys.fleet_operation(name), self.codecs.fleet_operation)
+
+    def fleet_result(self, name: FleetOperationName, policy: str) -> Ref[FleetResult]:
+        return Ref(self.keys.fleet_result(name, policy), self.codecs.fleet_result)
 
     def grave(self, name: AliasName, uid: str) -> Ref[Alias]:
         return Ref(self.keys.grave(name, uid), self.codecs.alias)

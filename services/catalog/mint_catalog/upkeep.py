@@ -75,9 +75,17 @@ async def follow(hub: Hub, keys: Keys, families: tuple[str, ...], notify: Callab
 
 
 async def compact_history(
-    store: Store, hub: Hub, keep_s: float, sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
+    store: Store,
+    hub: Hub,
+    keep_s: float,
+    sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    *,
+    held: Callable[[], Awaitable[int | None]] | None = None,
 ) -> None:
-    """Compact what is older than ``keep_s``. A fresh catalog knows no times and waits that long."""
+    """Compact what is older than ``keep_s``. A fresh catalog knows no times and waits that long.
+
+    ``held`` tells the oldest revision that somebody still reads at, from which on everything stays.
+    """
     marks: deque[tuple[float, int]] = deque()
     while True:
         await sleep(min(_COMPACTION_INTERVAL_S, keep_s))
@@ -88,4 +96,5 @@ async def compact_history(
             revision = marks.popleft()[1]
         if revision:
             with contextlib.suppress(Unavailable):
-                await store.compact(revision)
+                kept = await held() if held is not None else None
+                await store.compact(revision if kept is None else min(revision, kept))

@@ -3,6 +3,10 @@
 A registration is a lease. It is renewed at a third of its life and at once when the replica's state changes; when the
 catalog says it ended, or had forgotten it, the replica registers anew. While the catalog is away the engine goes on
 serving.
+
+The answer to a renewal names the adapters whose residency somebody waits for; which of them the engine holds is told
+with the next renewal, which comes at once when that changes. Those that this node should load are passed on to its
+loader, which asks for them with the residency.
 """
 
 from __future__ import annotations
@@ -40,6 +44,9 @@ class Registration:
         # Of this process: a restarted one must wait out the lease of its predecessor, which may still be serving.
         self._holder = secrets.token_hex(16)
         self._token: int | None = None
+        self._wanted: frozenset[str] = frozenset()
+        self._told: frozenset[str] = frozenset()
+        """Of what is wanted, what the catalog was told that the engine holds."""
 
     @property
     def is_registered(self) -> bool:
@@ -76,19 +83,33 @@ class Registration:
         request = pb.RegisterEngineReplicaRequest(engine_replica=self._replica.describe(), holder=self._holder, ttl=ttl)
         response = await channel.call(self._stub.RegisterEngineReplica, request, timeout_s=self._call_timeout_s)
         self._token = response.registration_token
+        self._wanted = self._told = frozenset()
+        self._replica.to_load.clear()
         _log.info("registered", extra={"fields": {"name": self._replica.name, "address": self._replica.address}})
 
     async def _renew(self) -> None:
+        held = self._held()
         request = pb.RenewEngineReplicaRequest(
-            name=self._replica.name, registration_token=self._token or 0, state=self._replica.state
+            name=self._replica.name,
+            registration_token=self._token or 0,
+            state=self._replica.state,
+            held_digests=sorted(held),
         )
-        await channel.call(self._stub.RenewEngineReplica, request, timeout_s=self._call_timeout_s)
+        response = await channel.call(self._stub.RenewEngineReplica, request, timeout_s=self._call_timeout_s)
+        self._wanted, self._told = frozenset(response.wanted_digests), held
+        self._replica.to_load[:] = response.adapters_to_load
+
+    def _held(self) -> frozenset[str]:
+        """Of what is wanted, what the engine holds now."""
+        if not self._wanted:
+            return frozenset()
+        return self._wanted.intersection(resident.digest for resident in self._replica.host.residents())
 
     async def _pause(self) -> None:
-        """Wait for the next renewal: a third of the lease, less when the replica's state changes."""
+        """Wait for the next renewal: a third of the lease, less when there is something new to tell."""
         state = self._replica.state
         left_s = self._ttl_s / 3
-        while left_s > 0 and self._replica.state == state:
+        while left_s > 0 and self._replica.state == state and self._held() == self._told & self._wanted:
             await asyncio.sleep(min(_POLL_S, left_s))
             left_s -= _POLL_S
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from mint_api.runtime.v1 import loader_service_pb2 as loader_pb
 from mint_api.v1 import common_pb2
 from mint_api.v1 import engine_replica_service_pb2 as pb
 from mint_engine.host import EngineHost, HostState
@@ -31,6 +32,8 @@ class Replica:
     """baseModels/{base_model}"""
     base_digest: str
     loader_address: str
+    to_load: list[loader_pb.AdapterRef] = field(default_factory=list)
+    """What the node's loader should load, as the catalog last said; the registration keeps it."""
 
     @property
     def state(self) -> pb.EngineReplicaState.ValueType:

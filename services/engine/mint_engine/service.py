@@ -89,7 +89,10 @@ class EngineServicer(pb_grpc.EngineServiceServicer):
             for resident in self._host.residents()
         ]
         return pb.GetResidencyResponse(
-            adapters=adapters, engine_replica=self._replica.describe(), num_running=self._host.num_running
+            adapters=adapters,
+            engine_replica=self._replica.describe(),
+            num_running=self._host.num_running,
+            adapters_to_load=self._replica.to_load,
         )
 
     async def FlushPrefixCache(

@@ -10,6 +10,8 @@ keep it right:
   has told everything since the entry was read. After a gap in the watch that holds for later entries only; after a
   reconnection without a gap, once the watch has caught up with what the catalog answers elsewhere.
 - The others are still the last that is known, for when the catalog is away.
+
+An entry holds for every sticky key: what the catalog says of an alias with a canary tells both sides of the split.
 """
 
 from __future__ import annotations
@@ -36,23 +38,14 @@ class _Entry:
     """When it was last known to be right, apart from what the watch has told since."""
 
 
-@dataclass(slots=True)
-class _Alias:
-    by_key: dict[str, _Entry]
-    """By sticky key. The empty key never sees the canary."""
-    is_split: bool | None
-    """Whether it has a canary, so that the answer depends on the sticky key; None if nobody said."""
-
-
 class AliasCache:
-    """At most ``max_entries`` resolutions, the least recently used alias leaves first."""
+    """At most ``max_entries`` aliases, the least recently used one leaves first."""
 
     def __init__(self, *, max_entries: int, staleness_s: float, now_s: Callable[[], float] = clock.monotonic_s) -> None:
         self._max_entries = max_entries
         self._staleness_s = staleness_s
         self._now_s = now_s
-        self._aliases: OrderedDict[AliasName, _Alias] = OrderedDict()
-        self._num_entries = 0
+        self._entries: OrderedDict[AliasName, _Entry] = OrderedDict()
         self._word_at_s = _NEVER_S
         self._latest = 0
         """Catalog revision of the latest word."""
@@ -66,7 +59,7 @@ class AliasCache:
         """Catalog revision that was the present after that; once the watch is there it tells the present again."""
 
     def __len__(self) -> int:
-        return self._num_entries
+        return len(self._entries)
 
     @property
     def latest(self) -> int:
@@ -81,9 +74,8 @@ class AliasCache:
 
     def begin_watch(self) -> None:
         """A watch starts that will not tell what happened before: nothing cached so far is covered by it."""
-        for alias in self._aliases.values():
-            for entry in alias.by_key.values():
-                entry.known_at_s = self._known_at_s(entry)
+        for entry in self._entries.values():
+            entry.known_at_s = self._known_at_s(entry)
         self._covered_since = None
         self._latest = self._complete = 0
         self._resumed_at_s = self._catch_up_to = None
@@ -113,22 +105,15 @@ class AliasCache:
 
     def _move(self, name: AliasName, word: AliasWord) -> None:
         # What clients ask for is kept up to date; aliases nobody asked for would only push those out.
-        alias = self._aliases.get(name)
-        if alias is None:
+        entry = self._entries.get(name)
+        if entry is None or entry.read_at >= word.catalog_revision:
             return
-        self._num_entries -= len(alias.by_key)
-        newer = {key: entry for key, entry in alias.by_key.items() if entry.read_at >= word.catalog_revision}
-        if newer:
-            alias.by_key, alias.is_split = newer, None
-        elif word.resolution is not None:
-            alias.by_key = {"": _Entry(word.resolution, word.catalog_revision, self._now_s())}
-            alias.is_split = word.has_canary
+        if word.resolution is None:
+            del self._entries[name]
         else:
-            del self._aliases[name]
-            return
-        self._num_entries += len(alias.by_key)
+            self._entries[name] = _Entry(word.resolution, word.catalog_revision, self._now_s())
 
-    def fill(self, name: AliasName, sticky_key: str, resolution: Resolution, *, asked_at_s: float) -> bool:
+    def fill(self, name: AliasName, resolution: Resolution, *, asked_at_s: float) -> bool:
         """Take the answer of the catalog to what was asked at ``asked_at_s``; False if the watch knows better."""
         read_at = resolution.catalog_revision
         if self._resumed_at_s is not None and self._catch_up_to is None and asked_at_s >= self._resumed_at_s:
@@ -136,29 +121,22 @@ class AliasCache:
             self._note_progress()
         if read_at < self._latest:
             return False
-        alias = self._aliases.get(name)
-        if alias is None:
-            alias = self._aliases[name] = _Alias({}, None)
-        held = alias.by_key.get(sticky_key)
+        held = self._entries.get(name)
         if held is not None and held.read_at > read_at:
             return False
-        self._num_entries += held is None
-        alias.by_key[sticky_key] = _Entry(resolution, read_at, self._now_s())
-        self._aliases.move_to_end(name)
-        while self._num_entries > self._max_entries:
-            _, evicted = self._aliases.popitem(last=False)
-            self._num_entries -= len(evicted.by_key)
+        self._entries[name] = _Entry(resolution, read_at, self._now_s())
+        self._entries.move_to_end(name)
+        while len(self._entries) > self._max_entries:
+            self._entries.popitem(last=False)
         return True
 
     def forget(self, name: AliasName) -> None:
         """The catalog says there is no such alias."""
-        alias = self._aliases.pop(name, None)
-        if alias is not None:
-            self._num_entries -= len(alias.by_key)
+        self._entries.pop(name, None)
 
-    def get(self, name: AliasName, sticky_key: str, consistency: Consistency) -> Resolution | None:
+    def get(self, name: AliasName, consistency: Consistency) -> Resolution | None:
         """What the alias means, if that can be told without asking and is as fresh as it must be."""
-        entry = self._entry(name, sticky_key)
+        entry = self._entries.get(name)
         if entry is None or consistency.strong or not self.is_live:
             return None
         assert self._covered_since is not None
@@ -166,21 +144,15 @@ class AliasCache:
             return None
         if consistency.min_revision > max(entry.read_at, self._complete):
             return None
-        self._aliases.move_to_end(name)
+        self._entries.move_to_end(name)
         return entry.resolution
 
-    def last_known(self, name: AliasName, sticky_key: str, *, within_s: float) -> Resolution | None:
+    def last_known(self, name: AliasName, *, within_s: float) -> Resolution | None:
         """What the alias meant when that was last known, if it was known within ``within_s``."""
-        entry = self._entry(name, sticky_key)
+        entry = self._entries.get(name)
         if entry is None or self._now_s() - self._known_at_s(entry) > within_s:
             return None
         return entry.resolution
-
-    def _entry(self, name: AliasName, sticky_key: str) -> _Entry | None:
-        alias = self._aliases.get(name)
-        if alias is None:
-            return None
-        return alias.by_key.get("" if alias.is_split is False else sticky_key)
 
     def _known_at_s(self, entry: _Entry) -> float:
         if self._covered_since is not None and entry.read_at >= self._covered_since:

@@ -9,12 +9,13 @@ from collections.abc import AsyncIterator
 from mint_api.v1 import inference_service_pb2, inference_service_pb2_grpc
 from mint_core.channel import connect
 from mint_core.server import Binding, Services
-from mint_inference.clients import CatalogClient, Channels, EngineClients, LoaderClients
+from mint_inference.clients import CatalogClient, Channels, EngineClients, LoaderClients, UsageClient
 from mint_inference.generation import Generation, GenerationLimits
 from mint_inference.resolver import Resolver, ResolverLimits
 from mint_inference.router import Router
 from mint_inference.service import InferenceServicer
 from mint_inference.settings import InferenceSettings
+from mint_inference.usage import UsageMeter
 
 __all__ = ["inference"]
 
@@ -41,6 +42,7 @@ async def inference(settings: InferenceSettings) -> AsyncIterator[Services]:
         stack.push_async_callback(resolver.close)
         router = Router(catalog, poll_s=settings.replica_poll_s, timeout_s=settings.resolve_timeout_s)
         stack.push_async_callback(router.close)
+        meter = await _meter(settings, stack)
         generation = Generation(
             catalog,
             resolver,
@@ -53,11 +55,23 @@ async def inference(settings: InferenceSettings) -> AsyncIterator[Services]:
                 silence_s=settings.silence_s,
                 place_wait_s=settings.place_wait_s,
             ),
+            meter,
         )
-        for work in (resolver.follow(), router.follow(), _trim(channels)):
+        for work in (resolver.follow(), router.follow(), meter.run(settings.usage_report_s), _trim(channels)):
             stack.push_async_callback(_stop, asyncio.create_task(work))
         add = inference_service_pb2_grpc.add_InferenceServiceServicer_to_server
         yield Services(public=[Binding(add, InferenceServicer(generation), _SERVICE.full_name)])
+
+
+async def _meter(settings: InferenceSettings, stack: contextlib.AsyncExitStack) -> UsageMeter:
+    """Reports once more when everything is served, at the stack's end."""
+    address = settings.catalog_runtime_address
+    if not address:
+        return UsageMeter()
+    channel = await stack.enter_async_context(connect(address))
+    meter = UsageMeter(UsageClient(channel, timeout_s=settings.resolve_timeout_s))
+    stack.push_async_callback(meter.report)
+    return meter
 
 
 async def _trim(channels: Channels) -> None:

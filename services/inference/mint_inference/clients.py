@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import grpc
@@ -13,6 +14,8 @@ from mint_api.runtime.v1 import engine_service_pb2 as engine_pb
 from mint_api.runtime.v1 import engine_service_pb2_grpc as engine_grpc
 from mint_api.runtime.v1 import loader_service_pb2 as loader_pb
 from mint_api.runtime.v1 import loader_service_pb2_grpc as loader_grpc
+from mint_api.runtime.v1 import usage_report_service_pb2 as usage_pb
+from mint_api.runtime.v1 import usage_report_service_pb2_grpc as usage_grpc
 from mint_api.v1 import alias_service_pb2 as alias_pb
 from mint_api.v1 import alias_service_pb2_grpc as alias_grpc
 from mint_api.v1 import base_model_service_pb2 as base_pb
@@ -21,7 +24,6 @@ from mint_api.v1 import common_pb2
 from mint_api.v1 import engine_replica_service_pb2 as replica_pb
 from mint_api.v1 import engine_replica_service_pb2_grpc as replica_grpc
 from mint_api.v1 import inference_service_pb2 as pb
-from mint_api.v1 import policy_service_pb2 as policy_pb
 from mint_core.channel import call, connect, stream
 from mint_core.errors import Unavailable
 from mint_core.names import AliasName, BaseModelName, RevisionName
@@ -34,10 +36,12 @@ from mint_inference.model import (
     ReplicaState,
     Resolution,
     Scored,
+    Split,
     Started,
 )
+from mint_inference.usage import UsageCount
 
-__all__ = ["CatalogClient", "Channels", "EngineClients", "LoaderClients"]
+__all__ = ["CatalogClient", "Channels", "EngineClients", "LoaderClients", "UsageClient"]
 
 _STATES = {
     replica_pb.ENGINE_REPLICA_STATE_READY: ReplicaState.READY,
@@ -91,11 +95,9 @@ class CatalogClient:
         self._base_models = base_grpc.BaseModelServiceStub(channel)
 
     async def resolve(
-        self, name: AliasName | RevisionName, sticky_key: str, consistency: Consistency, *, timeout_s: float
+        self, name: AliasName | RevisionName, consistency: Consistency, *, timeout_s: float
     ) -> Resolution:
-        request = alias_pb.ResolveRequest(
-            name=str(name), sticky_key=sticky_key, consistency=_encode_consistency(consistency)
-        )
+        request = alias_pb.ResolveRequest(name=str(name), consistency=_encode_consistency(consistency))
         response: alias_pb.ResolveResponse = await call(self._aliases.Resolve, request, timeout_s=timeout_s)
         return _decode_resolution(response.resolution, response.resolution.catalog_revision)
 
@@ -184,6 +186,25 @@ class LoaderClients:
             await call(loader_grpc.LoaderServiceStub(channel).EnsureLoaded, request, timeout_s=self._timeout_s)
 
 
+class UsageClient:
+    """:class:`~mint_inference.usage.UsageReports` over the catalog's internal channel."""
+
+    def __init__(self, channel: grpc.aio.Channel, *, timeout_s: float) -> None:
+        self._stub = usage_grpc.UsageReportServiceStub(channel)
+        self._timeout_s = timeout_s
+
+    async def report(self, reporter: str, counts: Sequence[UsageCount]) -> None:
+        request = usage_pb.ReportUsageRequest(reporter=reporter)
+        for count in counts:
+            request.counts.add(
+                policy=str(count.policy),
+                num_requests=count.num_requests,
+                num_prompt_tokens=count.num_prompt_tokens,
+                num_generated_tokens=count.num_generated_tokens,
+            ).day.FromSeconds(count.day_s)
+        await call(self._stub.ReportUsage, request, timeout_s=self._timeout_s)
+
+
 def _encode_consistency(consistency: Consistency) -> common_pb2.Consistency | None:
     if consistency.strong:
         return common_pb2.Consistency(strong=True)
@@ -203,18 +224,33 @@ def _decode_resolution(resolution: alias_pb.Resolution, catalog_revision: int) -
         canary=resolution.canary,
         stale=resolution.stale,
         catalog_revision=catalog_revision,
+        split=_decode_split(resolution.split) if resolution.HasField("split") else None,
     )
+
+
+def _decode_split(split: alias_pb.AliasSplit) -> Split:
+    canary = replace(_decode_resolution(split.canary, 0), canary=True)
+    return Split(split.weight, split.salt, _decode_resolution(split.active, 0), canary)
 
 
 def _decode_word(response: alias_pb.WatchAliasesResponse) -> AliasWord:
     revision = response.catalog_revision
-    if response.type == policy_pb.WATCH_EVENT_TYPE_BOOKMARK:
+    if response.type == common_pb2.WATCH_EVENT_TYPE_BOOKMARK:
         return AliasWord(revision)
     alias = response.alias
     name = AliasName.parse(alias.name)
-    if response.type != policy_pb.WATCH_EVENT_TYPE_PUT or not alias.HasField("resolution"):
+    if response.type != common_pb2.WATCH_EVENT_TYPE_PUT or not alias.HasField("resolution"):
         return AliasWord(revision, name)
-    return AliasWord(revision, name, _decode_resolution(alias.resolution, revision), alias.HasField("canary"))
+    resolution = _decode_resolution(alias.resolution, revision)
+    if alias.HasField("canary") and alias.HasField("canary_resolution"):
+        split = alias_pb.AliasSplit(
+            weight=alias.canary.weight,
+            salt=alias.canary.salt,
+            active=alias.resolution,
+            canary=alias.canary_resolution,
+        )
+        resolution = replace(resolution, split=_decode_split(split))
+    return AliasWord(revision, name, resolution)
 
 
 def _decode_replica(replica: replica_pb.EngineReplica) -> Replica:

@@ -47,6 +47,7 @@ def decode_score(request: pb.ScoreRequest) -> Call:
         model=model,
         tenant=_tenant(model, request.tenant),
         prompt=request.prompt,
+        sticky_key=request.sticky_key,
         consistency=_consistency(request.consistency),
     )
 

@@ -40,6 +40,7 @@ from mint_inference.model import (
 )
 from mint_inference.resolver import Resolver
 from mint_inference.router import Router
+from mint_inference.usage import UsageMeter
 
 __all__ = ["Generation", "GenerationLimits"]
 
@@ -89,6 +90,7 @@ class Generation:
         engines: Engines,
         loaders: Loaders,
         limits: GenerationLimits,
+        meter: UsageMeter | None = None,
     ) -> None:
         self._catalog = catalog
         self._resolver = resolver
@@ -96,6 +98,7 @@ class Generation:
         self._engines = engines
         self._loaders = loaders
         self._limits = limits
+        self._meter = meter or UsageMeter()
         self._num_streams = 0
 
     @property
@@ -114,10 +117,12 @@ class Generation:
             async with AsyncExitStack() as stack:
                 answered = await self._answered(call, self._start, stack)
                 await STARTED.reached()
+                self._meter.began(call.model, len(answered.answer.started.prompt_token_ids))
                 yield _header(answered, answered.answer.started.prompt_token_ids)
                 relayed = self._relayed(answered)
                 async with contextlib.aclosing(relayed):
                     async for chunk in relayed:
+                        self._meter.generated(call.model, len(chunk.token_ids))
                         yield chunk
 
     async def score(self, call: Call) -> tuple[Header, Scored]:
@@ -125,6 +130,7 @@ class Generation:
         with self._admitted():
             async with AsyncExitStack() as stack:
                 answered = await self._answered(call, self._score, stack)
+                self._meter.began(call.model, len(answered.answer.token_ids))
                 return _header(answered, answered.answer.token_ids), answered.answer
 
     @contextlib.contextmanager

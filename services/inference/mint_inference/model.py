@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import enum
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from mint_core.errors import InvalidArgument
 from mint_core.names import AliasName, BaseModelName, RevisionName
+from mint_core.split import sees_canary
 
 __all__ = [
     "AliasWord",
@@ -24,6 +25,7 @@ __all__ = [
     "ReplicaState",
     "Resolution",
     "Scored",
+    "Split",
     "Started",
     "parse_model",
 ]
@@ -73,6 +75,26 @@ class Resolution:
     stale: bool = False
     catalog_revision: int = 0
     """The catalog revision the answer was read at."""
+    split: Split | None = None
+    """Set if it depends on the sticky key, which an alias with a canary looks at; then :meth:`of` tells the answer."""
+
+    def of(self, sticky_key: str) -> Resolution:
+        """The answer for a request with this sticky key; without one never the canary."""
+        split = self.split
+        if split is None:
+            return self
+        side = split.canary if sees_canary(split.weight, split.salt, sticky_key) else split.active
+        return replace(side, stale=self.stale, catalog_revision=self.catalog_revision)
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """How an alias splits requests between its active revision and its canary, as the catalog does."""
+
+    weight: float
+    salt: str
+    active: Resolution
+    canary: Resolution
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +105,6 @@ class AliasWord:
     catalog_revision: int
     name: AliasName | None = None
     resolution: Resolution | None = None
-    has_canary: bool = False
 
 
 class ReplicaState(enum.Enum):
@@ -169,8 +190,10 @@ class Catalog(Protocol):
     """The catalog, as far as inference needs it."""
 
     async def resolve(
-        self, name: AliasName | RevisionName, sticky_key: str, consistency: Consistency, *, timeout_s: float
-    ) -> Resolution: ...
+        self, name: AliasName | RevisionName, consistency: Consistency, *, timeout_s: float
+    ) -> Resolution:
+        """What a name means, for every sticky key."""
+        ...
 
     def watch_aliases(self, *, after: int) -> AsyncGenerator[AliasWord, None]:
         """Words of all aliases after a catalog revision; 0 means from now. Raises :class:`RevisionCompacted`."""

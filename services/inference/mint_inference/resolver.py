@@ -56,32 +56,34 @@ class Resolver:
         self._now_s = now_s
         self._aliases = AliasCache(max_entries=limits.max_entries, staleness_s=limits.staleness_s, now_s=now_s)
         self._revisions: OrderedDict[RevisionName, _Revision] = OrderedDict()
-        self._fills: dict[tuple[AliasName | RevisionName, str], asyncio.Task[Resolution]] = {}
+        self._fills: dict[AliasName | RevisionName, asyncio.Task[Resolution]] = {}
         self._away_until_s = float("-inf")
 
     async def resolve(self, name: AliasName | RevisionName, sticky_key: str, consistency: Consistency) -> Resolution:
-        """What ``name`` means.
+        """What ``name`` means for a request with this sticky key; the split between an alias's active revision and its
+        canary is computed here, from what the catalog told once for all keys.
 
         Raises :class:`NotFound` and :class:`WrongState` as the catalog does, :class:`Unavailable` if the catalog is
         away and nothing that is fresh enough, or no older than ``serve_stale_for_s``, is known.
         """
-        if isinstance(name, RevisionName):
-            sticky_key = ""
-        if (known := self._cached(name, sticky_key, consistency)) is not None:
+        return (await self._meaning(name, consistency)).of(sticky_key)
+
+    async def _meaning(self, name: AliasName | RevisionName, consistency: Consistency) -> Resolution:
+        if (known := self._cached(name, consistency)) is not None:
             return known
         is_away = self._now_s() < self._away_until_s
-        if consistency.is_default and is_away and (last := self._last_known(name, sticky_key)) is not None:
+        if consistency.is_default and is_away and (last := self._last_known(name)) is not None:
             return last
         try:
             if consistency.is_default:
-                return await self._shared_fill(name, sticky_key)
-            return await self._fill(name, sticky_key, consistency)
+                return await self._shared_fill(name)
+            return await self._fill(name, consistency)
         except (NotFound, WrongState):
             self._forget(name)
             raise
         except (Unavailable, DeadlineExceeded) as away:
             self._away_until_s = self._now_s() + self._limits.away_pause_s
-            if consistency.is_default and (last := self._last_known(name, sticky_key)) is not None:
+            if consistency.is_default and (last := self._last_known(name)) is not None:
                 return last
             wish = "is not known here" if consistency.is_default else "cannot be told as fresh as was asked for"
             raise Unavailable(
@@ -127,9 +129,9 @@ class Resolver:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _cached(self, name: AliasName | RevisionName, sticky_key: str, consistency: Consistency) -> Resolution | None:
+    def _cached(self, name: AliasName | RevisionName, consistency: Consistency) -> Resolution | None:
         if isinstance(name, AliasName):
-            return self._aliases.get(name, sticky_key, consistency)
+            return self._aliases.get(name, consistency)
         held = self._revisions.get(name)
         if held is None or consistency.strong or consistency.min_revision > held.resolution.catalog_revision:
             return None
@@ -138,10 +140,10 @@ class Resolver:
         self._revisions.move_to_end(name)
         return held.resolution
 
-    def _last_known(self, name: AliasName | RevisionName, sticky_key: str) -> Resolution | None:
+    def _last_known(self, name: AliasName | RevisionName) -> Resolution | None:
         within_s = self._limits.serve_stale_for_s
         if isinstance(name, AliasName):
-            last = self._aliases.last_known(name, sticky_key, within_s=within_s)
+            last = self._aliases.last_known(name, within_s=within_s)
         else:
             held = self._revisions.get(name)
             last = held.resolution if held is not None and self._now_s() - held.read_at_s <= within_s else None
@@ -153,20 +155,19 @@ class Resolver:
         else:
             self._revisions.pop(name, None)
 
-    async def _shared_fill(self, name: AliasName | RevisionName, sticky_key: str) -> Resolution:
+    async def _shared_fill(self, name: AliasName | RevisionName) -> Resolution:
         """Callers of one name share one question, which none of them can cancel."""
-        key = (name, sticky_key)
-        task = self._fills.get(key)
+        task = self._fills.get(name)
         if task is None:
 
             async def fill() -> Resolution:
                 # The deadline of the caller that happened to be first is not that of those who join.
                 with calls.inbound_call(calls.principal(), None):
-                    return await self._fill(name, sticky_key, Consistency())
+                    return await self._fill(name, Consistency())
 
             task = asyncio.get_running_loop().create_task(fill())
-            self._fills[key] = task
-            task.add_done_callback(lambda _: self._fills.pop(key, None))
+            self._fills[name] = task
+            task.add_done_callback(lambda _: self._fills.pop(name, None))
         await asyncio.wait([task])
         if task.cancelled():
             raise Unavailable("inference is shutting down; retry at another replica or in a moment")
@@ -174,13 +175,13 @@ class Resolver:
             raise error.with_traceback(None)  # one object for all: its traceback must not grow with each of them
         return task.result()
 
-    async def _fill(self, name: AliasName | RevisionName, sticky_key: str, consistency: Consistency) -> Resolution:
+    async def _fill(self, name: AliasName | RevisionName, consistency: Consistency) -> Resolution:
         for _ in range(_MAX_FILLS):
             wanted = consistency
             if not consistency.strong and self._aliases.is_live:
                 wanted = Consistency(min_revision=max(consistency.min_revision, self._aliases.latest))
             asked_at_s = self._now_s()
-            answer = await self._catalog.resolve(name, sticky_key, wanted, timeout_s=self._limits.timeout_s)
+            answer = await self._catalog.resolve(name, wanted, timeout_s=self._limits.timeout_s)
             if answer.catalog_revision < consistency.min_revision:
                 raise Unavailable(
                     f"the catalog answered at revision {answer.catalog_revision}, wanted was {consistency.min_revision}"
@@ -188,7 +189,7 @@ class Resolver:
             if isinstance(name, RevisionName):
                 self._keep_revision(name, answer)
                 return answer
-            if self._aliases.fill(name, sticky_key, answer, asked_at_s=asked_at_s):
+            if self._aliases.fill(name, answer, asked_at_s=asked_at_s):
                 return answer
             # While it was on its way the watch told something newer, perhaps about this alias.
         return answer

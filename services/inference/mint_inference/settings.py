@@ -18,6 +18,10 @@ class InferenceSettings(ServiceSettings):
 
     catalog_address: str
     """Public address of the catalog."""
+    catalog_runtime_address: str = ""
+    """Address of the catalog's endpoint for MinT's own services, which takes usage; empty: usage is not counted."""
+    usage_report_s: float = Field(default=10.0, gt=0)
+    """Pause between two reports of usage."""
     max_streams: int = Field(default=1024, gt=0)
     """Requests under way at one time; more are refused."""
     staleness_s: float = Field(default=5.0, gt=0)

@@ -18,6 +18,7 @@ from mint_loader.prefetch import Prefetcher
 from mint_loader.service import LoaderServicer
 from mint_loader.settings import LoaderSettings
 from mint_loader.tickets import Tickets
+from mint_loader.wishes import Wishes
 
 __all__ = ["loader"]
 
@@ -48,6 +49,8 @@ async def loader(settings: LoaderSettings) -> AsyncIterator[Services]:
         stack.push_async_callback(loading.close)
         tickets = Tickets(loading, max_open=settings.max_open_tickets, timeout_s=settings.ticket_timeout_s)
         stack.push_async_callback(tickets.close)
+        wishes = Wishes(engine, tickets, poll_s=settings.wish_poll_s)
+        stack.push_async_callback(_stop, asyncio.create_task(wishes.run(), name="wishes"))
         if settings.catalog_address:
             catalog = CatalogClient(await stack.enter_async_context(connect(settings.catalog_address)))
             prefetcher = Prefetcher(catalog, engine, cache, tickets, recent_s=settings.prefetch_recent_s)

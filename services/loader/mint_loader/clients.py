@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 
 import grpc
 
 from mint_api.runtime.v1 import engine_service_pb2 as engine_pb
 from mint_api.runtime.v1 import engine_service_pb2_grpc as engine_grpc
+from mint_api.runtime.v1 import loader_service_pb2 as loader_pb
 from mint_api.v1 import alias_service_pb2 as alias_pb
 from mint_api.v1 import alias_service_pb2_grpc as alias_grpc
-from mint_api.v1 import policy_service_pb2 as policy_pb
+from mint_api.v1 import common_pb2
+from mint_core import log
 from mint_core.channel import call, stream
+from mint_core.errors import InvalidArgument
 from mint_core.names import AliasName, RevisionName
 from mint_loader.model import AdapterRef, EngineLoad, Resident
 from mint_loader.prefetch import AliasMove, Target
 
 __all__ = ["CatalogClient", "EngineClient"]
+
+_log = log.get_logger(__name__)
 
 
 class EngineClient:
@@ -35,7 +40,9 @@ class EngineClient:
             self._stub.GetResidency, engine_pb.GetResidencyRequest(), timeout_s=timeout_s
         )
         return Resident(
-            response.engine_replica.numerics.base_digest, frozenset(adapter.digest for adapter in response.adapters)
+            response.engine_replica.numerics.base_digest,
+            frozenset(adapter.digest for adapter in response.adapters),
+            tuple(_checked(response.adapters_to_load)),
         )
 
 
@@ -64,8 +71,24 @@ class CatalogClient:
         )
 
 
+def _checked(adapters: Iterable[loader_pb.AdapterRef]) -> Iterator[AdapterRef]:
+    for each in adapters:
+        try:
+            yield AdapterRef.checked(
+                tenant=each.tenant,
+                digest=each.blob.digest,
+                size_bytes=each.blob.size_bytes,
+                object_key=each.object_key,
+                base_digest=each.base_digest,
+            )
+        except (
+            InvalidArgument
+        ) as error:  # it comes from the catalog and will not get better; what is held is still true
+            _log.warning("an adapter to load makes no sense", extra={"fields": {"error": error.message}})
+
+
 def _alias_move(response: alias_pb.WatchAliasesResponse) -> AliasMove:
-    if response.type != policy_pb.WATCH_EVENT_TYPE_PUT:
+    if response.type != common_pb2.WATCH_EVENT_TYPE_PUT:
         return AliasMove(response.catalog_revision)
     alias = response.alias
     current = [alias.active] if alias.HasField("active") else []

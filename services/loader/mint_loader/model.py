@@ -84,6 +84,8 @@ class Resident:
 
     base_digest: str
     digests: frozenset[str]
+    to_load: tuple[AdapterRef, ...] = ()
+    """What somebody waits for to be held by this engine."""
 
 
 class Engine(Protocol):

@@ -46,3 +46,5 @@ class LoaderSettings(ServiceSettings):
     """Longest life of a load ticket."""
     prefetch_recent_s: float = Field(default=3600.0, gt=0)
     """An alias is followed if its policy was served on this node within this time."""
+    wish_poll_s: float = Field(default=1.0, gt=0)
+    """Pause between two looks at what the engine is asked to hold because a promotion waits for it."""

@@ -23,7 +23,7 @@ from mint_blobs import ObjectStore
 from mint_client import MintClient
 from mint_client.runtime import ExporterClient, WorkClient
 from mint_core import failpoints
-from mint_core.errors import BlobMissing, NotFound
+from mint_core.errors import BlobMissing, GateNotMet, NotFound
 from mint_core.names import BlobName, RunName
 from mint_runs.lease import HeldLease
 from mint_runs.patience import patiently
@@ -187,19 +187,27 @@ class Attempt:
         return revision
 
     async def promote(self, number: int) -> None:
-        """Point the run's alias at revision ``number``; a repetition moves nothing."""
+        """Point the run's alias at revision ``number``; a repetition moves nothing.
+
+        An alias whose gate the revision does not meet stays where it is, and an event of the run says so: the revision
+        is published, and whoever evaluates it may promote it.
+        """
         alias = f"{self.run.policy}/aliases/{self.run.promote_alias}"
         # Aliases know no fences. The id makes the promotion of this run's revision happen once: a repetition, by a
         # later attempt or by a worker that slept through its lease, gets the stored answer and moves nothing, also
         # when somebody has moved the alias since.
         request_id = _derived_uuid(f"{self.run.name} promotes {alias} to {number}")
         self.lease.check()
-        await self.patiently(
-            "catalog",
-            lambda: self.client.aliases.promote(
-                alias, number, reason=f"published by {self.run.name}", request_id=request_id
-            ),
-        )
+        try:
+            await self.patiently(
+                "catalog",
+                lambda: self.client.aliases.promote(
+                    alias, number, reason=f"published by {self.run.name}", request_id=request_id
+                ),
+            )
+        except GateNotMet as error:
+            self.reporter.event("not_promoted", error.message)
+            return
         self.reporter.event("promoted", f"{self.run.promote_alias} points at revision {number}")
         await _PROMOTED.reached()
 

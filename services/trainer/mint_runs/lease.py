@@ -4,12 +4,17 @@ The catalog counts the time to live from when it handled a renewal, which is nev
 counts from the moment of sending, on ``CLOCK_BOOTTIME``, which goes on while the machine sleeps, and stops a margin
 earlier: when the lease ends at the catalog, the holder has already stopped. Where even that fails (a stopped process
 cannot look at a clock), the catalog refuses the fence.
+
+A lease can also be lost earlier than that: somebody took it away. The catalog tells within a moment whoever watches it;
+the watch only ever ends work sooner, it never lengthens it.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import contextlib
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from typing import Any
 
 from mint_core import clock, log
 from mint_core.errors import LeaseLost, MintError
@@ -20,13 +25,14 @@ _log = log.get_logger(__name__)
 
 _RENEWALS_PER_TTL = 3
 _MIN_RETRY_S = 0.2
+_WATCH_AGAIN_S = 1.0
 
 
 class HeldLease:
     """A lease this process holds.
 
-    ``renew`` sends one renewal that gets a timeout in seconds; ``acquired_at_s`` is CLOCK_BOOTTIME of when the
-    lease was asked for.
+    ``renew`` sends one renewal that gets a timeout in seconds; ``watch`` opens a stream that raises
+    :class:`LeaseLost` when the lease is; ``acquired_at_s`` is CLOCK_BOOTTIME of when the lease was asked for.
     """
 
     def __init__(
@@ -37,9 +43,11 @@ class HeldLease:
         ttl_s: float,
         margin_s: float,
         acquired_at_s: float,
+        watch: Callable[[], AsyncGenerator[Any, None]] | None = None,
     ) -> None:
         self._resource = resource
         self._renew = renew
+        self._watch = watch
         self._ttl_s = ttl_s
         self._margin_s = margin_s
         self._stop_at_s = acquired_at_s + ttl_s - margin_s
@@ -63,7 +71,35 @@ class HeldLease:
         self._lost = self._lost or reason
 
     async def keep(self) -> None:
-        """Renew until cancelled. Ends only by raising :class:`LeaseLost`."""
+        """Renew and watch until cancelled. Ends only by raising :class:`LeaseLost`."""
+        tasks = [asyncio.ensure_future(each) for each in (self._keep_renewing(), self._keep_watching())]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in tasks:
+                if task.done():
+                    task.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _keep_watching(self) -> None:
+        if self._watch is None:
+            await asyncio.Event().wait()
+            return
+        while True:
+            try:
+                async with contextlib.aclosing(self._watch()) as told:
+                    async for _ in told:
+                        pass
+            except LeaseLost as error:
+                self.lose(error.message)
+                raise
+            except MintError as error:
+                _log.info("lease not watched", extra={"fields": {"resource": self._resource, "error": str(error)}})
+            await asyncio.sleep(_WATCH_AGAIN_S)
+
+    async def _keep_renewing(self) -> None:
         pause_s = self._ttl_s / _RENEWALS_PER_TTL
         while True:
             await asyncio.sleep(min(pause_s, self.remaining_s))

@@ -27,7 +27,6 @@ from mint_core.errors import (
     OutOfRange,
     PermissionDenied,
     Unauthenticated,
-    Unavailable,
     Unimplemented,
 )
 from mint_runs.attempt import Attempt, RunCancelled, RunDrained
@@ -183,6 +182,7 @@ class Worker:
         return HeldLease(
             fence.resource,
             lambda timeout_s: self._work.renew_lease(fence, timeout_s=timeout_s),
+            watch=lambda: self._work.watch_lease(fence),
             ttl_s=self._settings.lease_ttl_s,
             margin_s=self._settings.lease_margin_s,
             acquired_at_s=sent_at_s,
@@ -235,7 +235,11 @@ class Worker:
             return _Ending(run_service_pb2.RUN_STATE_CANCELLED)
         except RunDrained:
             attempt.reporter.event("drained", "the worker goes away; the state is saved and the run given back")
-            return _failed(attempt, Unavailable("the worker was drained; the run goes on from its saved state"))
+            return _Ending(
+                run_service_pb2.RUN_STATE_QUEUED,
+                error="the worker was drained; the run goes on from its saved state",
+                published_revision=attempt.published_revision,
+            )
         except LeaseLost:
             raise
         except MintError as error:

@@ -11,6 +11,7 @@ from unit.catalog.memory_store import MemoryStore
 from mint_catalog.aliases import Aliases, Move
 from mint_catalog.base_models import BaseModels
 from mint_catalog.blobs import Blobs
+from mint_catalog.cache import AliasCache
 from mint_catalog.codecs import MessageCodecs
 from mint_catalog.draft import Written
 from mint_catalog.evaluations import Evaluations
@@ -29,6 +30,7 @@ from mint_catalog.runs import Runs
 from mint_catalog.signals import Signal
 from mint_catalog.store import Store
 from mint_catalog.tables import Tables
+from mint_catalog.watch import Hub
 from mint_core.names import (
     AliasName,
     BaseModelName,
@@ -72,7 +74,14 @@ def rollout(rollout_id: str = "r1-1", **changes: object) -> Rollout:
 class Lab:
     """The domain over a store: the in-memory one unless another is given."""
 
-    def __init__(self, store: Store | None = None, *, prefix: str = "/mint/v1/", max_attempts: int = 3) -> None:
+    def __init__(
+        self,
+        store: Store | None = None,
+        *,
+        prefix: str = "/mint/v1/",
+        max_attempts: int = 3,
+        backoff_s: float = 0.0,
+    ) -> None:
         self.store: Any = MemoryStore() if store is None else store
         self.keys = Keys(prefix)
         self.codecs = MessageCodecs.over(self.keys)
@@ -82,11 +91,16 @@ class Lab:
         self.policies = Policies(self.store, self.tables)
         self.revisions = Revisions(self.store, self.tables)
         self.aliases = Aliases(self.store, self.tables)
-        self.resolver = Resolver(self.aliases, self.revisions)
+        self.hub = Hub(self.store, self.keys)
+        self.cache = AliasCache(self.keys, self.hub, max_entries=1000, staleness_s=5.0)
+        self.hub.listen("aliases", self.cache)
+        self.resolver = Resolver(self.store, self.tables, self.cache)
         self.blobs = Blobs(self.store, self.tables)
         self.leases = Leases(self.store, self.tables)
         self.runs = Runs(self.store, self.tables)
-        self.queue = RunQueue(self.store, self.tables, self.signal, max_attempts=max_attempts)
+        self.queue = RunQueue(
+            self.store, self.tables, self.signal, max_attempts=max_attempts, backoff_s=backoff_s, backoff_max_s=300.0
+        )
         self.registry = Registry(self.store, self.tables)
         self.evaluations = Evaluations(self.store, self.tables)
         self.rollouts = Rollouts(self.store, self.tables)

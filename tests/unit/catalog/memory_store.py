@@ -6,12 +6,13 @@ import asyncio
 import itertools
 from bisect import bisect_right
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mint_catalog.store import (
     Change,
     Compare,
     Delete,
+    DeleteRange,
     Field,
     KeyValue,
     LeaseGone,
@@ -66,17 +67,35 @@ class MemoryStore:
         at = self._check(revision)
         return ReadResult(tuple(self._at(key, at) for key in keys), self.revision)
 
-    async def scan(self, start: bytes, end: bytes, *, limit: int, revision: int = 0) -> ScanResult:
+    def _range(self, start: bytes, end: bytes, revision: int) -> list[KeyValue]:
+        found = [self._at(key, revision) for key in sorted(self._versions) if start <= key < end]
+        return [kv for kv in found if kv is not None]
+
+    async def scan(
+        self, start: bytes, end: bytes, *, limit: int, revision: int = 0, keys_only: bool = False
+    ) -> ScanResult:
         await asyncio.sleep(0)
+        values = self._range(start, end, self._check(revision))
+        shown = [replace(kv, value=b"") for kv in values[:limit]] if keys_only else values[:limit]
+        return ScanResult(tuple(shown), len(values) > limit, self.revision)
+
+    async def scan_each(
+        self, ranges: Sequence[tuple[bytes, bytes]], *, limit: int, revision: int = 0
+    ) -> list[ScanResult]:
+        await asyncio.sleep(0)
+        assert len(ranges) <= 128
         at = self._check(revision)
-        found = [self._at(key, at) for key in sorted(self._versions) if start <= key < end]
-        values = [kv for kv in found if kv is not None]
-        return ScanResult(tuple(values[:limit]), len(values) > limit, self.revision)
+        found = [self._range(start, end, at) for start, end in ranges]
+        return [ScanResult(tuple(values[:limit]), len(values) > limit, self.revision) for values in found]
+
+    async def count(self, start: bytes, end: bytes, *, revision: int = 0) -> int:
+        await asyncio.sleep(0)
+        return len(self._range(start, end, self._check(revision)))
 
     async def txn(self, compares: Sequence[Compare], operations: Sequence[Operation]) -> TxnResult:
         await asyncio.sleep(0)
         assert max(len(compares), len(operations)) <= 128
-        keys = [operation.key for operation in operations]
+        keys = [operation.key for operation in operations if not isinstance(operation, DeleteRange)]
         assert len(keys) == len(set(keys)), "a key is written once"
         fault, self.fail_next_txn = self.fail_next_txn, ""
         if fault == "before":
@@ -94,12 +113,20 @@ class MemoryStore:
 
     def _holds(self, compare: Compare) -> bool:
         kv = self._at(compare.key, self.revision)
+        if compare.field is Field.VALUE:
+            return kv is not None and kv.value == compare.value
         actual = 0 if kv is None else (kv.create_revision if compare.field is Field.CREATE else kv.mod_revision)
         return actual == compare.revision
 
     def _apply(self, operations: Sequence[Operation]) -> None:
         number, changes = self.revision + 1, []
+        single: list[Put | Delete] = []
         for operation in operations:
+            if isinstance(operation, DeleteRange):
+                single += [Delete(kv.key) for kv in self._range(operation.start, operation.end, self.revision)]
+            else:
+                single.append(operation)
+        for operation in single:
             known = self._at(operation.key, self.revision)
             match operation:
                 case Put(key, value, lease):

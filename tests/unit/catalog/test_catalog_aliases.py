@@ -6,6 +6,7 @@ import pytest
 from unit.catalog.catalog_lab import BASE, BASE_DIGEST, POLICY, Lab, digest_of
 
 from mint_catalog.records import Resolution
+from mint_catalog.resolve import Freshness
 from mint_core.errors import (
     EtagMismatch,
     InvalidArgument,
@@ -102,9 +103,10 @@ async def test_what_does_not_resolve(name: str, error: type[Exception]) -> None:
 async def test_a_read_never_goes_behind_what_was_asked() -> None:
     lab = await _lab(1)
     written = await lab.promote(1)
-    assert (await lab.resolver.resolve(str(LIVE), min_revision=written.catalog_revision)).catalog_revision
+    fresh = await lab.resolver.resolve(str(LIVE), freshness=Freshness(min_revision=written.catalog_revision))
+    assert fresh.catalog_revision >= written.catalog_revision
     with pytest.raises(Unavailable):
-        await lab.resolver.resolve(str(LIVE), min_revision=written.catalog_revision + 100)
+        await lab.resolver.resolve(str(LIVE), freshness=Freshness(min_revision=written.catalog_revision + 100))
 
 
 async def test_a_batch_answers_each() -> None:

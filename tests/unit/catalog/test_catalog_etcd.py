@@ -7,7 +7,7 @@ import grpc
 import pytest
 from etcd3aio import _protobuf as pb
 
-from mint_catalog.etcd import EtcdStore, _target, _translate
+from mint_catalog.etcd import EtcdStore, _target, translate
 from mint_catalog.settings import EtcdSettings
 from mint_catalog.store import LeaseGone
 from mint_core import errors
@@ -35,7 +35,7 @@ def _error(code: grpc.StatusCode, details: str) -> grpc.aio.AioRpcError:
     ],
 )
 def test_etcds_errors_become_ours(code: str, details: str, expected: type[Exception]) -> None:
-    translated = _translate(_error(grpc.StatusCode[code], details), "a read")
+    translated = translate(_error(grpc.StatusCode[code], details), "a read")
     assert type(translated) is expected
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from mint_api.runtime.v1 import work_service_pb2, work_service_pb2_grpc
 from mint_api.v1 import (
     alias_service_pb2,
     alias_service_pb2_grpc,
@@ -44,6 +45,7 @@ class Scripted(
     alias_service_pb2_grpc.AliasServiceServicer,
     evaluation_service_pb2_grpc.EvaluationServiceServicer,
     rollout_service_pb2_grpc.RolloutServiceServicer,
+    work_service_pb2_grpc.WorkServiceServicer,
 ):
     """All services that the commands call; each test sets what is answered."""
 
@@ -88,6 +90,18 @@ class Scripted(
             raise FailedPrecondition(f"{request.name} has ended")
         cancelled = run_service_pb2.Run(name=request.name, state=run_service_pb2.RUN_STATE_CANCELLING)
         return run_service_pb2.CancelRunResponse(run=cancelled)
+
+    async def RetryRun(self, request: Any, context: Any) -> Any:
+        self.requests.append(request)
+        return run_service_pb2.RetryRunResponse(
+            run=run_service_pb2.Run(name=request.name, state=run_service_pb2.RUN_STATE_QUEUED)
+        )
+
+    async def ListLeases(self, request: Any, context: Any) -> Any:
+        assert request.parent == "tenants/acme"
+        lease = work_service_pb2.Lease(resource=POLICY, holder="worker-0001")
+        lease.fence.resource, lease.fence.token, lease.ttl.seconds = POLICY, 17, 30
+        return work_service_pb2.ListLeasesResponse(leases=[lease])
 
     async def GetUpload(self, request: Any, context: Any) -> Any:
         return blob_service_pb2.GetUploadResponse()
@@ -136,7 +150,8 @@ async def scripted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> AsyncIter
 
     @contextlib.asynccontextmanager
     async def build() -> AsyncIterator[Services]:
-        yield Services(public=bindings)
+        add_work = work_service_pb2_grpc.add_WorkServiceServicer_to_server
+        yield Services(public=bindings, runtime=[Binding(add_work, servicer, "mint.runtime.v1.WorkService")])
 
     settings = ServiceSettings.model_construct(
         **{name: field.default for name, field in ServiceSettings.model_fields.items()} | {"grace_s": 0.0}
@@ -145,6 +160,7 @@ async def scripted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> AsyncIter
     (tmp_path / "data.jsonl").write_text(DATA)
     async with running("scripted", settings, build) as addresses:
         monkeypatch.setenv("MINT_ENDPOINTS_CATALOG", addresses.public)
+        monkeypatch.setenv("MINT_ENDPOINTS_CATALOG_RUNTIME", addresses.runtime)
         monkeypatch.setenv("MINT_ENDPOINTS_EXPORTER", addresses.public)
         yield servicer
 
@@ -180,7 +196,19 @@ async def test_grpo_asks_for_what_was_said(scripted: Scripted, capsys: pytest.Ca
     argv += ["--max-new-tokens", "32", "--temperature", "0.9", "--stop", "\n", "--learning-rate", "1e-4"]
     argv += ["--max-grad-norm", "1", "--clip", "0.1", "--clip-high", "0.3", "--kl", "0.05", "--advantage", "centered"]
     argv += ["--weighting", "fixed-length", "--loss", "importance-sampling", "--sequence-level", "--staleness", "1"]
-    argv += ["--seed", "7", "--rollout-ttl-s", "60", "--continue", "--promote", "live", "--promote-every", "2"]
+    argv += [
+        "--priority",
+        "-3",
+        "--seed",
+        "7",
+        "--rollout-ttl-s",
+        "60",
+        "--continue",
+        "--promote",
+        "live",
+        "--promote-every",
+        "2",
+    ]
     assert await mint(*argv, "--run-id", "mine") == 0
     assert capsys.readouterr().out == "queued acme/mine\n"
     (request,) = scripted.requests
@@ -192,6 +220,7 @@ async def test_grpo_asks_for_what_was_said(scripted: Scripted, capsys: pytest.Ca
         continue_from_latest=True,
         publish=True,
         promote_alias="live",
+        priority=-3,
         grpo=run_service_pb2.GrpoRecipe(
             prompts=common_pb2.BlobRef(digest=digest, size_bytes=len(DATA)),
             scorer="arithmetic",
@@ -409,6 +438,32 @@ async def test_a_run_is_cancelled_with_a_reason(scripted: Scripted, capsys: pyte
     scripted.runs = [grpo_run(SUCCEEDED, 2)]
     assert await mint("run", "cancel", "acme/r1", "--json") == 1
     assert capsys.readouterr().err == f"error: PRECONDITION_FAILED: {RUN} has ended\n"
+
+
+async def test_runs_are_chosen_by_state_or_as_dead_letters(scripted: Scripted) -> None:
+    assert await mint("run", "list", "acme", "--state", "failed") == 0
+    assert await mint("run", "list", "acme", "--dead-letter") == 0
+    assert [(request.state, request.dead_letter) for request in scripted.requests] == [
+        (run_service_pb2.RUN_STATE_FAILED, False),
+        (run_service_pb2.RUN_STATE_UNSPECIFIED, True),
+    ]
+
+
+async def test_a_run_is_retried_with_a_reason(scripted: Scripted, capsys: pytest.CaptureFixture[str]) -> None:
+    assert await mint("run", "retry", "acme/r1", "--reason", "the trainer is back") == 0
+    assert capsys.readouterr().out == "acme/r1 is queued\n"
+    (request,) = scripted.requests
+    assert (request.name, request.reason) == (RUN, "the trainer is back")
+    assert request.request_id
+
+
+async def test_leases_are_listed(scripted: Scripted, capsys: pytest.CaptureFixture[str]) -> None:
+    assert await mint("lease", "list", "acme") == 0
+    header, row = capsys.readouterr().out.splitlines()
+    assert header.split() == ["RESOURCE", "HOLDER", "FENCE", "TTL"]
+    assert row.split() == ["acme/tone", "worker-0001", "17", "30", "s"]
+    assert await mint("lease", "list", "acme", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["leases"][0]["holder"] == "worker-0001"
 
 
 async def test_a_run_is_described(scripted: Scripted, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ import typer.main
 
 from mint_api.v1 import common_pb2, policy_service_pb2, run_service_pb2
 from mint_cli.commands.config import _overlay
-from mint_cli.endpoints import find_endpoints
+from mint_cli.endpoints import find_endpoints, find_runtime_address
 from mint_cli.failures import error_of
 from mint_cli.main import app, run
 from mint_cli.output import to_plain
@@ -24,12 +24,31 @@ from mint_core.errors import EtagMismatch, FailedPrecondition, InvalidArgument, 
 
 _CATALOG = ["--catalog", "--json", "--state-dir"]
 EVAL = ["eval", "--scorer", "exact_match"]
+GATE = ["alias", "gate", "set", "a/b", "--condition"]
 GRPO = ["train", "grpo", "a/p", "prompts.jsonl"]
 
 SURFACE = {
     "": ["--version"],
-    "alias promote": ["ALIAS", "REVISION", "--etag", "--min-resident-replicas", "--reason", *_CATALOG],
+    "alias canary clear": ["ALIAS", "--etag", "--reason", *_CATALOG],
+    "alias canary set": ["ALIAS", "REVISION", "--etag", "--reason", "--salt", "--weight", *_CATALOG],
+    "alias gate clear": ["ALIAS", "--etag", "--reason", *_CATALOG],
+    "alias gate set": ["ALIAS", "--condition", "--etag", "--reason", *_CATALOG],
+    "alias gate show": ["ALIAS", *_CATALOG],
+    "alias history": ["ALIAS", *_CATALOG],
+    "alias promote": [
+        "ALIAS",
+        "REVISION",
+        "--etag",
+        "--ignore-gate",
+        "--reason",
+        "--wait-replicas",
+        "--wait-timeout",
+        *_CATALOG,
+    ],
     "alias rollback": ["ALIAS", "--etag", "--reason", "--to", *_CATALOG],
+    "audit list": ["TENANT", "--limit", "--resource", "--since", "--until", *_CATALOG],
+    "catalog backup": ["OUT", "--catalog-runtime", "--json", "--state-dir"],
+    "catalog restore": ["SOURCE", "--catalog-runtime", "--json", "--state-dir"],
     "config show": ["--json", "--state-dir"],
     "down": ["--json", "--state-dir"],
     "eval list": ["POLICY", *_CATALOG],
@@ -39,6 +58,7 @@ SURFACE = {
         "--exporter",
         "--max-new-tokens",
         "--policy",
+        "--priority",
         "--run-id",
         "--scorer",
         "--scorer-option",
@@ -49,6 +69,14 @@ SURFACE = {
         "--watch",
         *_CATALOG,
     ],
+    "fleet cancel": ["OPERATION", "--reason", *_CATALOG],
+    "fleet list": ["TENANT", *_CATALOG],
+    "fleet pause": ["TENANT", "--filter", "--id", "--reason", "--wait", *_CATALOG],
+    "fleet promote": ["TENANT", "--alias", "--filter", "--id", "--reason", "--wait", *_CATALOG],
+    "fleet results": ["OPERATION", "--failed", *_CATALOG],
+    "fleet resume": ["TENANT", "--filter", "--id", "--reason", "--wait", *_CATALOG],
+    "fleet rollback": ["TENANT", "--alias", "--filter", "--id", "--reason", "--wait", *_CATALOG],
+    "fleet show": ["OPERATION", *_CATALOG],
     "generate": [
         "MODEL",
         "PROMPT",
@@ -66,6 +94,7 @@ SURFACE = {
         "--tenant",
         "--top-p",
     ],
+    "lease list": ["TENANT", "--catalog-runtime", "--json", "--state-dir"],
     "model fetch": ["[MODEL]", "--json"],
     "policy create": [
         "POLICY",
@@ -79,16 +108,24 @@ SURFACE = {
         "--target-module",
         *_CATALOG,
     ],
+    "policy delete": ["POLICY", "--etag", *_CATALOG],
     "policy describe": ["POLICY", *_CATALOG],
-    "policy list": ["TENANT", *_CATALOG],
+    "policy import": ["FILE", "--base-model", "--skip-existing", *_CATALOG],
+    "policy list": ["TENANT", "--filter", "--order-by", *_CATALOG],
+    "policy pause": ["POLICY", "--etag", *_CATALOG],
+    "policy resume": ["POLICY", "--etag", *_CATALOG],
+    "policy undelete": ["POLICY", *_CATALOG],
     "revision list": ["POLICY", *_CATALOG],
     "rollout list": ["POLICY", "--run", *_CATALOG],
     "run cancel": ["RUN", "--reason", *_CATALOG],
     "run describe": ["RUN", *_CATALOG],
-    "run list": ["[TENANT]", "--policy", *_CATALOG],
+    "run list": ["[TENANT]", "--dead-letter", "--policy", "--state", *_CATALOG],
     "run plot": ["RUN", "--metric", "--png", *_CATALOG],
+    "run retry": ["RUN", "--reason", *_CATALOG],
     "run watch": ["RUN", *_CATALOG],
     "status": ["--json", "--state-dir"],
+    "tenant delete": ["TENANT", "--confirm", "--reason", *_CATALOG],
+    "tenant erasure": ["TENANT", *_CATALOG],
     "train grpo": [
         "POLICY",
         "PROMPTS_FILE",
@@ -103,6 +140,7 @@ SURFACE = {
         "--loss",
         "--max-grad-norm",
         "--max-new-tokens",
+        "--priority",
         "--promote",
         "--promote-every",
         "--prompts-per-step",
@@ -134,6 +172,7 @@ SURFACE = {
         "--learning-rate",
         "--max-grad-norm",
         "--max-tokens",
+        "--priority",
         "--promote",
         "--publish/--no-publish",
         "--run-id",
@@ -146,6 +185,7 @@ SURFACE = {
         *_CATALOG,
     ],
     "up": ["--base", "--dtype", "--foreground", "--json", "--max-lora-rank", "--state-dir", "--timeout-s"],
+    "usage": ["RESOURCE", "--since", "--until", *_CATALOG],
 }
 
 
@@ -171,8 +211,9 @@ def test_the_surface() -> None:
 @pytest.fixture(autouse=True)
 def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    for name in ("MINT_STATE_DIR", "MINT_ENDPOINTS_CATALOG", "MINT_ENDPOINTS_INFERENCE", "MINT_ENDPOINTS_EXPORTER"):
-        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("MINT_STATE_DIR", raising=False)
+    for service in ("CATALOG", "CATALOG_RUNTIME", "INFERENCE", "EXPORTER"):
+        monkeypatch.delenv(f"MINT_ENDPOINTS_{service}", raising=False)
 
 
 @pytest.mark.parametrize(
@@ -187,6 +228,11 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         (["policy", "describe", "acme"], 1, "error: INVALID_FIELD: policy is 'acme': expected tenant/policy"),
         (["policy", "describe", "a/b@live"], 1, "error: INVALID_FIELD: policy is 'a/b@live'"),
         (["alias", "rollback", "a/b@3"], 1, "error: INVALID_FIELD: alias is 'a/b@3'"),
+        (["alias", "canary", "set", "a/b", "2"], 2, "error: USAGE: Missing option '--weight'."),
+        ([*GATE, "scorer"], 1, "error: INVALID_FIELD: condition is 'scorer': expected KEY=VALUE"),
+        ([*GATE, "scorer=s,most=1"], 1, "error: INVALID_FIELD: condition has 'most': expected some of scorer, metric"),
+        ([*GATE, "scorer=s,min=much"], 1, "error: INVALID_FIELD: condition min is 'much': expected a number"),
+        ([*GATE, "min_examples=1.5"], 1, "error: INVALID_FIELD: condition min_examples is '1.5': expected a number"),
         (["generate", "a/b", ""], 1, "error: INVALID_FIELD: prompt is empty"),
         (["generate", "a/b", "x", "--system", "s"], 1, "error: INVALID_FIELD: --system goes with --chat only"),
         (["generate", "a/b", "x", "--stream", "--json"], 1, "error: INVALID_FIELD: --stream and --json exclude"),
@@ -197,6 +243,9 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         (["run", "list", "b", "--policy", "a/p"], 1, "error: INVALID_FIELD: tenant is 'b', but --policy is 'a/p'"),
         (["run", "watch", "r"], 1, "error: INVALID_FIELD: run is 'r': expected tenant/run, as `mint run list` shows"),
         (["run", "cancel", "tenants/a/policies/p"], 1, "error: INVALID_FIELD: run is 'tenants/a/policies/p'"),
+        (["run", "retry", "r"], 1, "error: INVALID_FIELD: run is 'r': expected tenant/run, as `mint run list`"),
+        (["run", "list", "a", "--state", "dead"], 2, "error: USAGE: Invalid value for '--state'"),
+        (["lease", "list", "a"], 1, "error: PRECONDITION_FAILED: the runtime address of the catalog is not known: run"),
         (["run", "plot", "a/r", "--png", "."], 2, "error: USAGE: Invalid value for '--png'"),
         (["rollout", "list", "a/p", "--run", "r/../x"], 1, "error: INVALID_FIELD: run is "),
         (["eval", "list"], 2, "error: USAGE: Missing argument 'policy'."),
@@ -288,6 +337,12 @@ def test_addresses_come_from_the_option_then_from_what_is_up(tmp_path: Path) -> 
     assert (found.catalog, found.exporter, found.inference) == ("127.0.0.1:9", "127.0.0.1:2", "")
     with pytest.raises(FailedPrecondition, match="address of the inference is not known"):
         find_endpoints(state, needed=("inference",))
+    with pytest.raises(FailedPrecondition, match=r"runtime address of the catalog .*--catalog-runtime"):
+        find_runtime_address(state, "catalog")
+    catalog = RunningService("catalog", "127.0.0.1:1", "127.0.0.1:3", "", None, 0.0)
+    state.write_snapshot(Snapshot("ready", "", 1, "baseModels/b", (catalog,)))
+    assert find_runtime_address(state, "catalog") == "127.0.0.1:3"
+    assert find_runtime_address(state, "catalog", given="127.0.0.1:9") == "127.0.0.1:9"
 
 
 def test_names_are_typed_short() -> None:

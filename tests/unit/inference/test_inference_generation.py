@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -39,6 +39,7 @@ from mint_inference.model import (
 )
 from mint_inference.resolver import Resolver, ResolverLimits
 from mint_inference.router import Router
+from mint_inference.usage import UsageCount, UsageMeter
 
 BASE = "sha256:base"
 ALIAS = AliasName("acme", "tone", "live")
@@ -68,7 +69,7 @@ class FakeCatalog:
     error: MintError | None = None
 
     async def resolve(
-        self, name: AliasName | RevisionName, sticky_key: str, consistency: Consistency, *, timeout_s: float
+        self, name: AliasName | RevisionName, consistency: Consistency, *, timeout_s: float
     ) -> Resolution:
         self.num_asked += 1
         if self.error is not None:
@@ -532,3 +533,35 @@ async def test_every_stream_names_the_revision_it_was_asked_by_while_the_alias_m
     await asyncio.gather(*(one(number) for number in range(200)))
     assert len(headers) == 200
     assert set(headers) <= set(at.engines.asked)
+
+
+async def test_what_an_engine_answers_is_counted_for_its_policy_and_nothing_else() -> None:
+    at, kept = Setting(), _Kept()
+    meter = UsageMeter(kept)
+    limits = GenerationLimits()
+    at.generation = Generation(at.catalog, at.resolver, at.router, at.engines, at.loaders, limits, meter)
+    await at.start()
+    await at.generate()
+    await at.generation.score(CALL)
+    await at.generate(replace(CALL, model=BaseModelName("smol")))
+    parts = at.generation.generate(CALL)
+    await anext(parts)
+    await parts.aclose()
+    at.engines.residents.clear()
+    at.loaders.error = Unavailable("the loader is down; retry")
+    await at.failure()
+    assert await meter.report()
+    (count,) = kept.counts
+    num_tokens = sum(len(piece.token_ids) for piece in TEXT)
+    assert (str(count.policy), count.num_requests) == (str(ALIAS.parent), 3)
+    assert (count.num_prompt_tokens, count.num_generated_tokens) == (2 + 3 + 2, num_tokens)
+    await at.stop()
+
+
+class _Kept:
+    """Keeps the last report."""
+
+    counts: Sequence[UsageCount] = ()
+
+    async def report(self, reporter: str, counts: Sequence[UsageCount]) -> None:
+        self.counts = counts

@@ -48,15 +48,15 @@ class TestAliasCache:
         self.cache = AliasCache(max_entries=4, staleness_s=5.0, now_s=self.clock)
         self.cache.begin_watch()
 
-    def fill(self, number: int, read_at: int, name: AliasName = LIVE, key: str = "") -> bool:
-        return self.cache.fill(name, key, resolution(number, read_at), asked_at_s=self.clock.now_s)
+    def fill(self, number: int, read_at: int, name: AliasName = LIVE) -> bool:
+        return self.cache.fill(name, resolution(number, read_at), asked_at_s=self.clock.now_s)
 
-    def number(self, name: AliasName = LIVE, key: str = "", consistency: Consistency = DEFAULT) -> int | None:
-        found = self.cache.get(name, key, consistency)
+    def number(self, name: AliasName = LIVE, consistency: Consistency = DEFAULT) -> int | None:
+        found = self.cache.get(name, consistency)
         return None if found is None else int(found.digest.partition(":")[2])
 
-    def move(self, number: int, revision: int, *, has_canary: bool = False) -> None:
-        self.cache.hear(AliasWord(revision, LIVE, resolution(number, revision), has_canary))
+    def move(self, number: int, revision: int) -> None:
+        self.cache.hear(AliasWord(revision, LIVE, resolution(number, revision)))
 
     def test_nothing_is_fresh_before_the_watch_spoke(self) -> None:
         assert self.fill(1, 10)
@@ -94,20 +94,12 @@ class TestAliasCache:
         self.move(2, 12)
         assert self.number() == 2
 
-    def test_a_word_between_two_fills_replaces_only_the_older_one(self) -> None:
-        self.cache.hear(AliasWord(10))
-        self.fill(1, 10, key="ada")
-        self.fill(3, 15, key="bob")
-        self.move(2, 12)
-        assert self.number(key="ada") is None
-        assert self.number(key="bob") == 3
-
     def test_a_deletion_is_believed(self) -> None:
         self.cache.hear(AliasWord(10))
         self.fill(1, 10)
         self.cache.hear(AliasWord(11, LIVE, None))
         assert self.number() is None
-        assert self.cache.last_known(LIVE, "", within_s=600) is None
+        assert self.cache.last_known(LIVE, within_s=600) is None
 
     def test_silence_beyond_the_bound_ends_freshness_and_a_tick_brings_it_back(self) -> None:
         self.cache.hear(AliasWord(10))
@@ -125,7 +117,7 @@ class TestAliasCache:
         self.cache.begin_watch()
         self.cache.hear(AliasWord(90))
         assert self.number() is None
-        assert self.cache.last_known(LIVE, "", within_s=600) is not None
+        assert self.cache.last_known(LIVE, within_s=600) is not None
         self.fill(2, 90)
         assert self.number() == 2
 
@@ -147,7 +139,7 @@ class TestAliasCache:
         asked_at_s = self.clock.now_s
         self.clock.now_s += 1
         self.cache.resume_watch()
-        self.cache.fill(LIVE, "", resolution(1, 10), asked_at_s=asked_at_s)
+        self.cache.fill(LIVE, resolution(1, 10), asked_at_s=asked_at_s)
         assert self.number() is None
 
     def test_min_revision(self) -> None:
@@ -165,16 +157,6 @@ class TestAliasCache:
         self.fill(1, 10)
         assert self.number(consistency=STRONG) is None
 
-    def test_sticky_keys_are_apart_unless_the_alias_is_known_to_be_whole(self) -> None:
-        self.cache.hear(AliasWord(10))
-        self.fill(1, 10, key="ada")
-        assert self.number(key="bob") is None
-        self.move(2, 12)
-        assert self.number(key="bob") == 2
-        self.move(3, 13, has_canary=True)
-        assert self.number(key="bob") is None
-        assert self.number() == 3
-
     def test_it_is_bounded_and_the_least_recently_used_leaves(self) -> None:
         self.cache.hear(AliasWord(10))
         names = [AliasName("acme", f"p{number}", "live") for number in range(5)]
@@ -191,9 +173,9 @@ class TestAliasCache:
         self.clock.now_s += 300
         self.cache.hear(AliasWord(11))
         self.clock.now_s += 600
-        assert self.cache.last_known(LIVE, "", within_s=600) is not None
+        assert self.cache.last_known(LIVE, within_s=600) is not None
         self.clock.now_s += 1
-        assert self.cache.last_known(LIVE, "", within_s=600) is None
+        assert self.cache.last_known(LIVE, within_s=600) is None
 
 
 class FakeCatalog:
@@ -212,7 +194,7 @@ class FakeCatalog:
         self.starts: list[int] = []
 
     async def resolve(
-        self, name: AliasName | RevisionName, sticky_key: str, consistency: Consistency, *, timeout_s: float
+        self, name: AliasName | RevisionName, consistency: Consistency, *, timeout_s: float
     ) -> Resolution:
         self.num_asked += 1
         self.asked.append(consistency)

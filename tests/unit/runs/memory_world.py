@@ -22,7 +22,7 @@ from mint_api.v1 import (
     session_service_pb2,
 )
 from mint_blobs import ObjectInfo, digest_file
-from mint_core.errors import AlreadyExists, NotFound
+from mint_core.errors import AlreadyExists, GateNotMet, NotFound
 from mint_runs.attempt import Attempt, Outcome
 from mint_runs.lease import HeldLease
 from mint_runs.progress import Reporter
@@ -257,6 +257,7 @@ class MemoryWorld:
         self.objects: dict[str, bytes] = {}
         self.exported: list[tuple[str, int]] = []
         self.promotions: list[tuple[str, int, str]] = []
+        self.unmet: GateNotMet | None = None
         self.events: list[str] = []
         self.steps: dict[int, run_service_pb2.RunStep] = {}
         self.asked: list[inference_service_pb2.SamplingParams] = []
@@ -362,6 +363,8 @@ class MemoryWorld:
 
     async def promote(self, name: str, number: int, *, reason: str, request_id: str) -> None:
         self.interrupts.passing()
+        if self.unmet is not None:
+            raise self.unmet
         self.promotions.append((name, number, request_id))
 
     async def generate(

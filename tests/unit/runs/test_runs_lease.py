@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 import pytest
@@ -11,6 +11,7 @@ import pytest
 from mint_api.v1 import run_service_pb2
 from mint_core import clock
 from mint_core.errors import InvalidArgument, LeaseLost, NotFound, Unavailable
+from mint_runs import lease as lease_module
 from mint_runs.lease import HeldLease
 from mint_runs.patience import patiently
 from mint_runs.progress import Reporter
@@ -77,6 +78,28 @@ async def test_a_renewal_counts_from_when_it_was_sent(hand_clock: Clock) -> None
     await hand_clock._sleep(0)
     assert lease.remaining_s <= 1010.0 + 25.0 - 1022.0
     task.cancel()
+
+
+async def test_a_watch_that_breaks_is_opened_again_and_tells_of_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease_module, "_WATCH_AGAIN_S", 0.01)
+    told: list[Any] = [Unavailable("the catalog is stopping"), None, LeaseLost("superseded")]
+
+    async def watch() -> AsyncGenerator[None, None]:
+        yield None
+        error = told.pop(0)
+        if error is not None:
+            raise error
+
+    async def renew(timeout_s: float) -> None:
+        raise AssertionError
+
+    now_s = clock.boottime_s()
+    lease = HeldLease("p", renew, ttl_s=3000.0, margin_s=5.0, acquired_at_s=now_s, watch=watch)
+    async with asyncio.timeout(5):
+        with pytest.raises(LeaseLost, match="superseded"):
+            await lease.keep()
+    assert lease.remaining_s == 0.0
+    assert not told
 
 
 async def test_a_process_that_slept_finds_out_by_itself(hand_clock: Clock) -> None:

@@ -16,6 +16,7 @@ from mint_core.errors import (
     BaseModelMismatch,
     BlobMissing,
     DataLoss,
+    GateNotMet,
     InvalidArgument,
     LeaseLost,
     MintError,
@@ -56,6 +57,15 @@ async def test_a_run_trains_saves_publishes_and_promotes(tmp_path: Path) -> None
     assert world.steps[7].loss == pytest.approx(2.0)
     assert set(world.steps[7].metrics) == {"learning_rate", "grad_norm", "step_ms", "tokens_per_s"}
     assert not world.trainer.live
+
+
+async def test_an_alias_with_a_gate_stays_and_the_run_succeeds(tmp_path: Path) -> None:
+    world = sft_world(tmp_path)
+    world.unmet = GateNotMet("the gate of live is not met")
+    await world.finish(run_sft)
+    assert world.promotions == []
+    assert list(world.revisions.published) == [1]
+    assert world.events == ["saved", "saved", "trained", "saved", "published", "not_promoted"]
 
 
 @pytest.mark.parametrize("at", range(22))

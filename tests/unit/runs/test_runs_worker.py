@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from unit.runs.memory_world import POLICY, RUN
 
 from mint_api.runtime.v1 import work_service_pb2
 from mint_api.v1 import common_pb2, policy_service_pb2, run_service_pb2
-from mint_core.errors import MintError, Unavailable
+from mint_core.errors import LeaseLost, MintError, Unavailable
 from mint_runs import worker
 from mint_runs.attempt import Attempt, Outcome
 from mint_runs.settings import RunsSettings
@@ -29,6 +29,7 @@ class Catalog:
         self.reports: list[MintError] = []
         self.renewals: list[MintError] = []
         self.is_down = False
+        self.lease_lost = asyncio.Event()
         self.progress = run_service_pb2.RunProgress()
         self.events: list[str] = []
         self.steps: list[int] = []
@@ -53,6 +54,11 @@ class Catalog:
 
     async def renew_lease(self, *_: Any, **__: Any) -> None:
         self._pass(self.renewals)
+
+    async def watch_lease(self, fence: common_pb2.Fence) -> AsyncGenerator[work_service_pb2.Lease, None]:
+        yield work_service_pb2.Lease(fence=fence)
+        await self.lease_lost.wait()
+        raise LeaseLost("superseded")
 
     async def report_run(
         self,
@@ -144,3 +150,34 @@ async def test_the_last_report_is_waited_for_no_longer_than_the_lease(
     assert not catalog.ended
     assert catalog.num_claims == 2, "the worker goes on with other runs"
     assert catalog.progress.step == 1
+
+
+async def test_a_worker_stops_as_soon_as_it_is_told_that_its_lease_is_lost(
+    catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def recipe(_: Attempt) -> Outcome:
+        catalog.lease_lost.set()
+        await asyncio.sleep(60)
+        return Outcome()
+
+    monkeypatch.setattr(worker, "RECIPES", {"sft": recipe})
+    async with asyncio.timeout(5):
+        await work(catalog, tmp_path, lease_ttl_s=3600.0)
+    assert not catalog.ended
+    assert catalog.num_claims == 2
+
+
+async def test_a_drained_run_is_given_back_and_has_not_failed(
+    catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def recipe(attempt: Attempt) -> Outcome:
+        assert catalog.worker is not None
+        catalog.worker.drain()
+        attempt.check()
+        raise AssertionError
+
+    monkeypatch.setattr(worker, "RECIPES", {"sft": recipe})
+    await work(catalog, tmp_path)
+    message = "the worker was drained; the run goes on from its saved state"
+    assert catalog.ended == [(run_service_pb2.RUN_STATE_QUEUED, message, False)]
+    assert catalog.events == ["drained"]

@@ -26,10 +26,9 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from google.rpc import status_pb2 as google_dot_rpc_dot_status__pb2
 from mint_api.v1 import common_pb2 as mint_dot_v1_dot_common__pb2
-from mint_api.v1 import policy_service_pb2 as mint_dot_v1_dot_policy__service__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bmint/v1/alias_service.proto\x12\x07mint.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\x1a\x14mint/v1/common.proto\x1a\x1cmint/v1/policy_service.proto\"6\n\x0b\x41liasTarget\x12\x17\n\x0frevision_number\x18\x01 \x01(\x03\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\"L\n\x06\x43\x61nary\x12$\n\x06target\x18\x01 \x01(\x0b\x32\x14.mint.v1.AliasTarget\x12\x0e\n\x06weight\x18\x02 \x01(\x01\x12\x0c\n\x04salt\x18\x03 \x01(\t\"d\n\x11\x41liasHistoryEntry\x12$\n\x06target\x18\x01 \x01(\x0b\x32\x14.mint.v1.AliasTarget\x12)\n\x0b\x61ttribution\x18\x02 \x01(\x0b\x32\x14.mint.v1.Attribution\"\x85\x02\n\x05\x41lias\x12\x0c\n\x04name\x18\x01 \x01(\t\x12$\n\x06\x61\x63tive\x18\x02 \x01(\x0b\x32\x14.mint.v1.AliasTarget\x12\x1f\n\x06\x63\x61nary\x18\x03 \x01(\x0b\x32\x0f.mint.v1.Canary\x12+\n\x07history\x18\x04 \x03(\x0b\x32\x1a.mint.v1.AliasHistoryEntry\x12\x12\n\npolicy_uid\x18\x05 \x01(\t\x12/\n\x0bupdate_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04\x65tag\x18\x07 \x01(\t\x12\'\n\nresolution\x18\x08 \x01(\x0b\x32\x13.mint.v1.Resolution\"\xb4\x01\n\nResolution\x12\x10\n\x08revision\x18\x01 \x01(\t\x12\x1e\n\x04\x62lob\x18\x02 \x01(\x0b\x32\x10.mint.v1.BlobRef\x12\x12\n\nobject_key\x18\x03 \x01(\t\x12\x12\n\nbase_model\x18\x04 \x01(\t\x12\x13\n\x0b\x62\x61se_digest\x18\x05 \x01(\t\x12\x0e\n\x06\x63\x61nary\x18\x06 \x01(\x08\x12\r\n\x05stale\x18\x07 \x01(\x08\x12\x18\n\x10\x63\x61talog_revision\x18\x08 \x01(\x03\"\xc3\x01\n\x13PromoteAliasRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x17\n\x0frevision_number\x18\x02 \x01(\x03\x12\x0c\n\x04\x65tag\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x1d\n\x15min_resident_replicas\x18\x05 \x01(\x05\x12\x34\n\x11residency_timeout\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x12\n\nrequest_id\x18\x07 \x01(\t\"O\n\x14PromoteAliasResponse\x12\x1d\n\x05\x61lias\x18\x01 \x01(\x0b\x32\x0e.mint.v1.Alias\x12\x18\n\x10\x63\x61talog_revision\x18\x02 \x01(\x03\"o\n\x14RollbackAliasRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x17\n\x0frevision_number\x18\x02 \x01(\x03\x12\x0c\n\x04\x65tag\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x12\n\nrequest_id\x18\x05 \x01(\t\"P\n\x15RollbackAliasResponse\x12\x1d\n\x05\x61lias\x18\x01 \x01(\x0b\x32\x0e.mint.v1.Alias\x12\x18\n\x10\x63\x61talog_revision\x18\x02 \x01(\x03\"J\n\x0fGetAliasRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12)\n\x0b\x63onsistency\x18\x02 \x01(\x0b\x32\x14.mint.v1.Consistency\"1\n\x10GetAliasResponse\x12\x1d\n\x05\x61lias\x18\x01 \x01(\x0b\x32\x0e.mint.v1.Alias\"$\n\x12ListAliasesRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\"P\n\x13ListAliasesResponse\x12\x1f\n\x07\x61liases\x18\x01 \x03(\x0b\x32\x0e.mint.v1.Alias\x12\x18\n\x10\x63\x61talog_revision\x18\x02 \x01(\x03\"D\n\x12\x44\x65leteAliasRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"/\n\x13\x44\x65leteAliasResponse\x12\x18\n\x10\x63\x61talog_revision\x18\x01 \x01(\x03\"s\n\x10SetCanaryRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1f\n\x06\x63\x61nary\x18\x02 \x01(\x0b\x32\x0f.mint.v1.Canary\x12\x0c\n\x04\x65tag\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x12\n\nrequest_id\x18\x05 \x01(\t\"L\n\x11SetCanaryResponse\x12\x1d\n\x05\x61lias\x18\x01 \x01(\x0b\x32\x0e.mint.v1.Alias\x12\x18\n\x10\x63\x61talog_revision\x18\x02 \x01(\x03\"]\n\x0eResolveRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nsticky_key\x18\x02 \x01(\t\x12)\n\x0b\x63onsistency\x18\x03 \x01(\x0b\x32\x14.mint.v1.Consistency\":\n\x0fResolveResponse\x12\'\n\nresolution\x18\x01 \x01(\x0b\x32\x13.mint.v1.Resolution\"O\n\x13\x42\x61tchResolveRequest\x12\r\n\x05names\x18\x01 \x03(\t\x12)\n\x0b\x63onsistency\x18\x02 \x01(\x0b\x32\x14.mint.v1.Consistency\"a\n\x12\x42\x61tchResolveResult\x12\"\n\x06status\x18\x01 \x01(\x0b\x32\x12.google.rpc.Status\x12\'\n\nresolution\x18\x02 \x01(\x0b\x32\x13.mint.v1.Resolution\"D\n\x14\x42\x61tchResolveResponse\x12,\n\x07results\x18\x01 \x03(\x0b\x32\x1b.mint.v1.BatchResolveResult\"K\n\x13WatchAliasesRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12$\n\x1cstart_after_catalog_revision\x18\x02 \x01(\x03\"v\n\x14WatchAliasesResponse\x12%\n\x04type\x18\x01 \x01(\x0e\x32\x17.mint.v1.WatchEventType\x12\x1d\n\x05\x61lias\x18\x02 \x01(\x0b\x32\x0e.mint.v1.Alias\x12\x18\n\x10\x63\x61talog_revision\x18\x03 \x01(\x03\x32\x9e\x05\n\x0c\x41liasService\x12K\n\x0cPromoteAlias\x12\x1c.mint.v1.PromoteAliasRequest\x1a\x1d.mint.v1.PromoteAliasResponse\x12N\n\rRollbackAlias\x12\x1d.mint.v1.RollbackAliasRequest\x1a\x1e.mint.v1.RollbackAliasResponse\x12?\n\x08GetAlias\x12\x18.mint.v1.GetAliasRequest\x1a\x19.mint.v1.GetAliasResponse\x12H\n\x0bListAliases\x12\x1b.mint.v1.ListAliasesRequest\x1a\x1c.mint.v1.ListAliasesResponse\x12H\n\x0b\x44\x65leteAlias\x12\x1b.mint.v1.DeleteAliasRequest\x1a\x1c.mint.v1.DeleteAliasResponse\x12\x42\n\tSetCanary\x12\x19.mint.v1.SetCanaryRequest\x1a\x1a.mint.v1.SetCanaryResponse\x12<\n\x07Resolve\x12\x17.mint.v1.ResolveRequest\x1a\x18.mint.v1.ResolveResponse\x12K\n\x0c\x42\x61tchResolve\x12\x1c.mint.v1.BatchResolveRequest\x1a\x1d.mint.v1.BatchResolveResponse\x12M\n\x0cWatchAliases\x12\x1c.mint.v1.WatchAliasesRequest\x1a\x1d.mint.v1.WatchAliasesResponse0\x01\x42$Z\"mint.dev/api/gen/go/mint/v1;mintv1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bmint/v1/alias_service.proto\x12\x07mint.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\x1a\x14mint/v1/common.proto\"6\n\x0b\x41liasTarget\x12\x17\n\x0frevision_number\x18\x01 \x01(\x03\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\"L\n\x06\x43\x61nary\x12$\n\x06target\x18\x01 \x01(\x0b\x32\x14.mint.v1.AliasTarget\x12\x0e\n\x06weight\x18\x02 \x01(\x01\x12\x0c\n\x04salt\x18\x03 \x01(\t\"\xb0\x01\n\rGateCondition\x12\x0e\n\x06scorer\x18\x01 \x01(\t\x12\x0e\n\x06metric\x18\x02 \x01(\t\x12\x13\n\x0b\x64\x61ta_digest\x18\x03 \x01(\t\x12\x16\n\tmin_value\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\x1b\n\x0emax_regression\x18\x05 \x01(\x01H\x01\x88\x01\x01\x12\x14\n\x0cmin_examples\x18\x06 \x01(\x05\x42\x0c\n\n_min_valueB\x11\n\x0f_max_regression\"2\n\x04Gate\x12*\n\nconditions\x18\x01 \x03(\x0b\x32\x16.mint.v1.GateCondition\"\x80\x01\n\x11\x41liasHistoryEntry\x12$\n\x06target\x18\x01 \x01(\x0b\x32\x14.mint.v1.AliasTarget\x12)\n\x0b\x61ttribution\x18\x02 \x01(\x0b\x32\x14.mint.v1.Attribution\x12\x1a\n\x12rolled_back_canary\x18\x03 \x01(\x08\"\xd2\x02\n\x05\x41lias\x12\x0c\n\x04name\x18\x01 \x01(\t\x12$\n\x06\x61\x63tive\x18\x02 \x01(\x0b\x32\x14.mint.v1.AliasTarget\x12\x1f\n\x06\x63\x61nary\x18\x03 \x01(\x0b\x32\x0f.mint.v1.Canary\x12+\n\x07history\x18\x04 \x03(\x0b\x32\x1a.mint.v1.AliasHistoryEntry\x12\x12\n\npolicy_uid\x18\x05 \x01(\t\x12/\n\x0bupdate_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04\x65tag\x18\x07 \x01(\t\x12\'\n\nresolution\x18\x08 \x01(\x0b\x32\x13.mint.v1.Resolution\x12.\n\x11\x63\x61nary_resolution\x18\t \x01(\x0b\x32\x13.mint.v1.Resolution\x12\x1b\n\x04gate\x18\n \x01(\x0b\x32\r.mint.v1.Gate\"\xd8\x01\n\nResolution\x12\x10\n\x08revision\x18\x01 \x01(\t\x12\x1e\n\x04\x62lob\x18\x02 \x01(\x0b\x32\x10.mint.v1.BlobRef\x12\x12\n\nobject_key\x18\x03 \x01(\t\x12\x12\n\nbase_model\x18\x04 \x01(\t\x12\x13\n\x0b\x62\x61se_digest\x18\x05 \x01(\t\x12\x0e\n\x06\x63\x61nary\x18\x06 \x01(\x08\x12\r\n\x05stale\x18\x07 \x01(\x08\x12\x18\n\x10\x63\x61talog_revision\x18\x08 \x01(\x03\x12\"\n\x05split\x18\t \x01(\x0b\x32\x13.mint.v1.AliasSplit\"t\n\nAliasSplit\x12\x0e\n\x06weight\x18\x01 \x01(\x01\x12\x0c\n\x04salt\x18\x02 \x01(\t\x12#\n\x06\x61\x63tive\x18\x03 \x01(\x0b\x32\x13.mint.v1.Resolution\x12#\n\x06\x63\x61nary\x18\x04 \x01(\x0b\x32\x13.mint.v1.Resolution\"\xd8\x01\n\x13PromoteAliasRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x17\n\x0frevision_number\x18\x02 \x01(\x03\x12\x0c\n\x04\x65tag\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x1d\n\x15min_resident_replicas\x18\x05 \x01(\x05\x12\x34\n\x11residency_timeout\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x12\n\nrequest_id\x18\x07 \x01(\t\x12\x13\n\x0bignore_gate\x18\x08 \x01(\x08\"O\n\x14PromoteAliasResponse\x12\x1d\n\x05\x61lias\x18\x01 \x01(\x0b\x32\x0e.mint.v1.Alias\x12\x18\n\x10\x63\x61talog_revision\x18\x02 \x01(\x03\"o\n\x14RollbackAliasRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x17\n\x0frevision_number\x18\x02 \x01(\x03\x12\x0c\n\x04\x65tag\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x12\n\nrequest_id\x18\x05 \x01(\t\"P\n\x15RollbackAliasResponse\x12\x1d\n\x05\x61lias\x18\x01 \x01(\x0b\x32\x0e.mint.v1.Alias\x12\x18\n\x10\x63\x61talog_revision\x18\x02 \x01(\x03\"J\n\x0fGetAliasRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12)\n\x0b\x63onsistency\x18\x02 \x01(\x0b\x32\x14.mint.v1.Consistency\"1\n\x10GetAliasResponse\x12\x1d\n\x05\x61lias\x18\x01 \x01(\x0b\x32\x0e.mint.v1.Alias\"$\n\x12ListAliasesRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\"P\n\x13ListAliasesResponse\x12\x1f\n\x07\x61liases\x18\x01 \x03(\x0b\x32\x0e.mint.v1.Alias\x12\x18\n\x10\x63\x61talog_revision\x18\x02 \x01(\x03\"D\n\x12\x44\x65leteAliasRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"/\n\x13\x44\x65leteAliasResponse\x12\x18\n\x10\x63\x61talog_revision\x18\x01 \x01(\x03\"s\n\x10SetCanaryRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1f\n\x06\x63\x61nary\x18\x02 \x01(\x0b\x32\x0f.mint.v1.Canary\x12\x0c\n\x04\x65tag\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x12\n\nrequest_id\x18\x05 \x01(\t\"L\n\x11SetCanaryResponse\x12\x1d\n\x05\x61lias\x18\x01 \x01(\x0b\x32\x0e.mint.v1.Alias\x12\x18\n\x10\x63\x61talog_revision\x18\x02 \x01(\x03\"m\n\x0eSetGateRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1b\n\x04gate\x18\x02 \x01(\x0b\x32\r.mint.v1.Gate\x12\x0c\n\x04\x65tag\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x12\n\nrequest_id\x18\x05 \x01(\t\"J\n\x0fSetGateResponse\x12\x1d\n\x05\x61lias\x18\x01 \x01(\x0b\x32\x0e.mint.v1.Alias\x12\x18\n\x10\x63\x61talog_revision\x18\x02 \x01(\x03\"]\n\x0eResolveRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nsticky_key\x18\x02 \x01(\t\x12)\n\x0b\x63onsistency\x18\x03 \x01(\x0b\x32\x14.mint.v1.Consistency\":\n\x0fResolveResponse\x12\'\n\nresolution\x18\x01 \x01(\x0b\x32\x13.mint.v1.Resolution\"O\n\x13\x42\x61tchResolveRequest\x12\r\n\x05names\x18\x01 \x03(\t\x12)\n\x0b\x63onsistency\x18\x02 \x01(\x0b\x32\x14.mint.v1.Consistency\"a\n\x12\x42\x61tchResolveResult\x12\"\n\x06status\x18\x01 \x01(\x0b\x32\x12.google.rpc.Status\x12\'\n\nresolution\x18\x02 \x01(\x0b\x32\x13.mint.v1.Resolution\"D\n\x14\x42\x61tchResolveResponse\x12,\n\x07results\x18\x01 \x03(\x0b\x32\x1b.mint.v1.BatchResolveResult\"K\n\x13WatchAliasesRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12$\n\x1cstart_after_catalog_revision\x18\x02 \x01(\x03\"v\n\x14WatchAliasesResponse\x12%\n\x04type\x18\x01 \x01(\x0e\x32\x17.mint.v1.WatchEventType\x12\x1d\n\x05\x61lias\x18\x02 \x01(\x0b\x32\x0e.mint.v1.Alias\x12\x18\n\x10\x63\x61talog_revision\x18\x03 \x01(\x03\x32\xdc\x05\n\x0c\x41liasService\x12K\n\x0cPromoteAlias\x12\x1c.mint.v1.PromoteAliasRequest\x1a\x1d.mint.v1.PromoteAliasResponse\x12N\n\rRollbackAlias\x12\x1d.mint.v1.RollbackAliasRequest\x1a\x1e.mint.v1.RollbackAliasResponse\x12?\n\x08GetAlias\x12\x18.mint.v1.GetAliasRequest\x1a\x19.mint.v1.GetAliasResponse\x12H\n\x0bListAliases\x12\x1b.mint.v1.ListAliasesRequest\x1a\x1c.mint.v1.ListAliasesResponse\x12H\n\x0b\x44\x65leteAlias\x12\x1b.mint.v1.DeleteAliasRequest\x1a\x1c.mint.v1.DeleteAliasResponse\x12\x42\n\tSetCanary\x12\x19.mint.v1.SetCanaryRequest\x1a\x1a.mint.v1.SetCanaryResponse\x12<\n\x07SetGate\x12\x17.mint.v1.SetGateRequest\x1a\x18.mint.v1.SetGateResponse\x12<\n\x07Resolve\x12\x17.mint.v1.ResolveRequest\x1a\x18.mint.v1.ResolveResponse\x12K\n\x0c\x42\x61tchResolve\x12\x1c.mint.v1.BatchResolveRequest\x1a\x1d.mint.v1.BatchResolveResponse\x12M\n\x0cWatchAliases\x12\x1c.mint.v1.WatchAliasesRequest\x1a\x1d.mint.v1.WatchAliasesResponse0\x01\x42$Z\"mint.dev/api/gen/go/mint/v1;mintv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,54 +36,64 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'mint.v1.alias_service_pb2',
 if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'Z\"mint.dev/api/gen/go/mint/v1;mintv1'
-  _globals['_ALIASTARGET']._serialized_start=182
-  _globals['_ALIASTARGET']._serialized_end=236
-  _globals['_CANARY']._serialized_start=238
-  _globals['_CANARY']._serialized_end=314
-  _globals['_ALIASHISTORYENTRY']._serialized_start=316
-  _globals['_ALIASHISTORYENTRY']._serialized_end=416
-  _globals['_ALIAS']._serialized_start=419
-  _globals['_ALIAS']._serialized_end=680
-  _globals['_RESOLUTION']._serialized_start=683
-  _globals['_RESOLUTION']._serialized_end=863
-  _globals['_PROMOTEALIASREQUEST']._serialized_start=866
-  _globals['_PROMOTEALIASREQUEST']._serialized_end=1061
-  _globals['_PROMOTEALIASRESPONSE']._serialized_start=1063
-  _globals['_PROMOTEALIASRESPONSE']._serialized_end=1142
-  _globals['_ROLLBACKALIASREQUEST']._serialized_start=1144
-  _globals['_ROLLBACKALIASREQUEST']._serialized_end=1255
-  _globals['_ROLLBACKALIASRESPONSE']._serialized_start=1257
-  _globals['_ROLLBACKALIASRESPONSE']._serialized_end=1337
-  _globals['_GETALIASREQUEST']._serialized_start=1339
-  _globals['_GETALIASREQUEST']._serialized_end=1413
-  _globals['_GETALIASRESPONSE']._serialized_start=1415
-  _globals['_GETALIASRESPONSE']._serialized_end=1464
-  _globals['_LISTALIASESREQUEST']._serialized_start=1466
-  _globals['_LISTALIASESREQUEST']._serialized_end=1502
-  _globals['_LISTALIASESRESPONSE']._serialized_start=1504
-  _globals['_LISTALIASESRESPONSE']._serialized_end=1584
-  _globals['_DELETEALIASREQUEST']._serialized_start=1586
-  _globals['_DELETEALIASREQUEST']._serialized_end=1654
-  _globals['_DELETEALIASRESPONSE']._serialized_start=1656
-  _globals['_DELETEALIASRESPONSE']._serialized_end=1703
-  _globals['_SETCANARYREQUEST']._serialized_start=1705
-  _globals['_SETCANARYREQUEST']._serialized_end=1820
-  _globals['_SETCANARYRESPONSE']._serialized_start=1822
-  _globals['_SETCANARYRESPONSE']._serialized_end=1898
-  _globals['_RESOLVEREQUEST']._serialized_start=1900
-  _globals['_RESOLVEREQUEST']._serialized_end=1993
-  _globals['_RESOLVERESPONSE']._serialized_start=1995
-  _globals['_RESOLVERESPONSE']._serialized_end=2053
-  _globals['_BATCHRESOLVEREQUEST']._serialized_start=2055
-  _globals['_BATCHRESOLVEREQUEST']._serialized_end=2134
-  _globals['_BATCHRESOLVERESULT']._serialized_start=2136
-  _globals['_BATCHRESOLVERESULT']._serialized_end=2233
-  _globals['_BATCHRESOLVERESPONSE']._serialized_start=2235
-  _globals['_BATCHRESOLVERESPONSE']._serialized_end=2303
-  _globals['_WATCHALIASESREQUEST']._serialized_start=2305
-  _globals['_WATCHALIASESREQUEST']._serialized_end=2380
-  _globals['_WATCHALIASESRESPONSE']._serialized_start=2382
-  _globals['_WATCHALIASESRESPONSE']._serialized_end=2500
-  _globals['_ALIASSERVICE']._serialized_start=2503
-  _globals['_ALIASSERVICE']._serialized_end=3173
+  _globals['_ALIASTARGET']._serialized_start=152
+  _globals['_ALIASTARGET']._serialized_end=206
+  _globals['_CANARY']._serialized_start=208
+  _globals['_CANARY']._serialized_end=284
+  _globals['_GATECONDITION']._serialized_start=287
+  _globals['_GATECONDITION']._serialized_end=463
+  _globals['_GATE']._serialized_start=465
+  _globals['_GATE']._serialized_end=515
+  _globals['_ALIASHISTORYENTRY']._serialized_start=518
+  _globals['_ALIASHISTORYENTRY']._serialized_end=646
+  _globals['_ALIAS']._serialized_start=649
+  _globals['_ALIAS']._serialized_end=987
+  _globals['_RESOLUTION']._serialized_start=990
+  _globals['_RESOLUTION']._serialized_end=1206
+  _globals['_ALIASSPLIT']._serialized_start=1208
+  _globals['_ALIASSPLIT']._serialized_end=1324
+  _globals['_PROMOTEALIASREQUEST']._serialized_start=1327
+  _globals['_PROMOTEALIASREQUEST']._serialized_end=1543
+  _globals['_PROMOTEALIASRESPONSE']._serialized_start=1545
+  _globals['_PROMOTEALIASRESPONSE']._serialized_end=1624
+  _globals['_ROLLBACKALIASREQUEST']._serialized_start=1626
+  _globals['_ROLLBACKALIASREQUEST']._serialized_end=1737
+  _globals['_ROLLBACKALIASRESPONSE']._serialized_start=1739
+  _globals['_ROLLBACKALIASRESPONSE']._serialized_end=1819
+  _globals['_GETALIASREQUEST']._serialized_start=1821
+  _globals['_GETALIASREQUEST']._serialized_end=1895
+  _globals['_GETALIASRESPONSE']._serialized_start=1897
+  _globals['_GETALIASRESPONSE']._serialized_end=1946
+  _globals['_LISTALIASESREQUEST']._serialized_start=1948
+  _globals['_LISTALIASESREQUEST']._serialized_end=1984
+  _globals['_LISTALIASESRESPONSE']._serialized_start=1986
+  _globals['_LISTALIASESRESPONSE']._serialized_end=2066
+  _globals['_DELETEALIASREQUEST']._serialized_start=2068
+  _globals['_DELETEALIASREQUEST']._serialized_end=2136
+  _globals['_DELETEALIASRESPONSE']._serialized_start=2138
+  _globals['_DELETEALIASRESPONSE']._serialized_end=2185
+  _globals['_SETCANARYREQUEST']._serialized_start=2187
+  _globals['_SETCANARYREQUEST']._serialized_end=2302
+  _globals['_SETCANARYRESPONSE']._serialized_start=2304
+  _globals['_SETCANARYRESPONSE']._serialized_end=2380
+  _globals['_SETGATEREQUEST']._serialized_start=2382
+  _globals['_SETGATEREQUEST']._serialized_end=2491
+  _globals['_SETGATERESPONSE']._serialized_start=2493
+  _globals['_SETGATERESPONSE']._serialized_end=2567
+  _globals['_RESOLVEREQUEST']._serialized_start=2569
+  _globals['_RESOLVEREQUEST']._serialized_end=2662
+  _globals['_RESOLVERESPONSE']._serialized_start=2664
+  _globals['_RESOLVERESPONSE']._serialized_end=2722
+  _globals['_BATCHRESOLVEREQUEST']._serialized_start=2724
+  _globals['_BATCHRESOLVEREQUEST']._serialized_end=2803
+  _globals['_BATCHRESOLVERESULT']._serialized_start=2805
+  _globals['_BATCHRESOLVERESULT']._serialized_end=2902
+  _globals['_BATCHRESOLVERESPONSE']._serialized_start=2904
+  _globals['_BATCHRESOLVERESPONSE']._serialized_end=2972
+  _globals['_WATCHALIASESREQUEST']._serialized_start=2974
+  _globals['_WATCHALIASESREQUEST']._serialized_end=3049
+  _globals['_WATCHALIASESRESPONSE']._serialized_start=3051
+  _globals['_WATCHALIASESRESPONSE']._serialized_end=3169
+  _globals['_ALIASSERVICE']._serialized_start=3172
+  _globals['_ALIASSERVICE']._serialized_end=3904
 # @@protoc_insertion_point(module_scope)

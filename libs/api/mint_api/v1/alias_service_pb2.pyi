@@ -11,7 +11,6 @@ from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.rpc import status_pb2 as _status_pb2
 from mint_api.v1 import common_pb2 as _common_pb2
-from mint_api.v1 import policy_service_pb2 as _policy_service_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -59,9 +58,9 @@ class Canary(_message.Message):
     WEIGHT_FIELD_NUMBER: _builtins.int
     SALT_FIELD_NUMBER: _builtins.int
     weight: _builtins.float
-    """Share of sticky keys that see it, 0 to 1."""
+    """Share of sticky keys that see it, above 0 and at most 1."""
     salt: _builtins.str
-    """Changes which keys are chosen."""
+    """Changes which keys are chosen; empty means the alias's own name."""
     @_builtins.property
     def target(self) -> Global___AliasTarget:
         """The revision on trial."""
@@ -82,6 +81,81 @@ class Canary(_message.Message):
 Global___Canary: _TypeAlias = Canary  # noqa: Y015
 
 @_typing.final
+class GateCondition(_message.Message):
+    """What an evaluation of a revision must show before the alias may point at it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SCORER_FIELD_NUMBER: _builtins.int
+    METRIC_FIELD_NUMBER: _builtins.int
+    DATA_DIGEST_FIELD_NUMBER: _builtins.int
+    MIN_VALUE_FIELD_NUMBER: _builtins.int
+    MAX_REGRESSION_FIELD_NUMBER: _builtins.int
+    MIN_EXAMPLES_FIELD_NUMBER: _builtins.int
+    scorer: _builtins.str
+    """Evaluations by this scorer count; the newest one of each revision is looked at."""
+    metric: _builtins.str
+    """Figure of the evaluation, e.g. "score_mean"; larger is better."""
+    data_digest: _builtins.str
+    """Only evaluations on this data set count; empty means any."""
+    min_value: _builtins.float
+    """Least value of the figure."""
+    max_regression: _builtins.float
+    """How far the figure may lie below the active revision's own on the same scorer and data set; an active revision
+    without such an evaluation is no bound.
+    """
+    min_examples: _builtins.int
+    """Least number of examples that the evaluation scored; 0 means any."""
+    def __init__(
+        self,
+        *,
+        scorer: _builtins.str = ...,
+        metric: _builtins.str = ...,
+        data_digest: _builtins.str = ...,
+        min_value: _builtins.float | None = ...,
+        max_regression: _builtins.float | None = ...,
+        min_examples: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_regression", b"_max_regression", "_min_value", b"_min_value", "max_regression", b"max_regression", "min_value", b"min_value"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_regression", b"_max_regression", "_min_value", b"_min_value", "data_digest", b"data_digest", "max_regression", b"max_regression", "metric", b"metric", "min_examples", b"min_examples", "min_value", b"min_value", "scorer", b"scorer"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__max_regression: _TypeAlias = _typing.Literal["max_regression"]  # noqa: Y015
+    _WhichOneofArgType__max_regression: _TypeAlias = _typing.Literal["_max_regression", b"_max_regression"]  # noqa: Y015
+    _WhichOneofReturnType__min_value: _TypeAlias = _typing.Literal["min_value"]  # noqa: Y015
+    _WhichOneofArgType__min_value: _TypeAlias = _typing.Literal["_min_value", b"_min_value"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_regression) -> _WhichOneofReturnType__max_regression | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__min_value) -> _WhichOneofReturnType__min_value | None: ...
+
+Global___GateCondition: _TypeAlias = GateCondition  # noqa: Y015
+
+@_typing.final
+class Gate(_message.Message):
+    """Conditions of an alias; all must hold."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONDITIONS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def conditions(self) -> _containers.RepeatedCompositeFieldContainer[Global___GateCondition]:
+        """At most 8."""
+
+    def __init__(
+        self,
+        *,
+        conditions: _abc.Iterable[Global___GateCondition] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["conditions", b"conditions"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Gate: _TypeAlias = Gate  # noqa: Y015
+
+@_typing.final
 class AliasHistoryEntry(_message.Message):
     """One former or present state of an alias."""
 
@@ -89,6 +163,9 @@ class AliasHistoryEntry(_message.Message):
 
     TARGET_FIELD_NUMBER: _builtins.int
     ATTRIBUTION_FIELD_NUMBER: _builtins.int
+    ROLLED_BACK_CANARY_FIELD_NUMBER: _builtins.int
+    rolled_back_canary: _builtins.bool
+    """It was on trial as the canary and was taken back."""
     @_builtins.property
     def target(self) -> Global___AliasTarget:
         """What it pointed at."""
@@ -102,10 +179,11 @@ class AliasHistoryEntry(_message.Message):
         *,
         target: Global___AliasTarget | None = ...,
         attribution: _common_pb2.Attribution | None = ...,
+        rolled_back_canary: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["attribution", b"attribution", "target", b"target"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attribution", b"attribution", "target", b"target"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attribution", b"attribution", "rolled_back_canary", b"rolled_back_canary", "target", b"target"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -125,6 +203,8 @@ class Alias(_message.Message):
     UPDATE_TIME_FIELD_NUMBER: _builtins.int
     ETAG_FIELD_NUMBER: _builtins.int
     RESOLUTION_FIELD_NUMBER: _builtins.int
+    CANARY_RESOLUTION_FIELD_NUMBER: _builtins.int
+    GATE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """tenants/{tenant}/policies/{policy}/aliases/{alias}"""
     policy_uid: _builtins.str
@@ -151,6 +231,14 @@ class Alias(_message.Message):
     def resolution(self) -> Global___Resolution:
         """Output only. What the active target resolves to, so that one read or one watch event is enough to generate."""
 
+    @_builtins.property
+    def canary_resolution(self) -> Global___Resolution:
+        """Output only. What the canary's target resolves to; absent without a canary."""
+
+    @_builtins.property
+    def gate(self) -> Global___Gate:
+        """Guards promotions and the canary; absent means none."""
+
     def __init__(
         self,
         *,
@@ -162,10 +250,12 @@ class Alias(_message.Message):
         update_time: _timestamp_pb2.Timestamp | None = ...,
         etag: _builtins.str = ...,
         resolution: Global___Resolution | None = ...,
+        canary_resolution: Global___Resolution | None = ...,
+        gate: Global___Gate | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["active", b"active", "canary", b"canary", "resolution", b"resolution", "update_time", b"update_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["active", b"active", "canary", b"canary", "canary_resolution", b"canary_resolution", "gate", b"gate", "resolution", b"resolution", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["active", b"active", "canary", b"canary", "etag", b"etag", "history", b"history", "name", b"name", "policy_uid", b"policy_uid", "resolution", b"resolution", "update_time", b"update_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active", b"active", "canary", b"canary", "canary_resolution", b"canary_resolution", "etag", b"etag", "gate", b"gate", "history", b"history", "name", b"name", "policy_uid", b"policy_uid", "resolution", b"resolution", "update_time", b"update_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -185,6 +275,7 @@ class Resolution(_message.Message):
     CANARY_FIELD_NUMBER: _builtins.int
     STALE_FIELD_NUMBER: _builtins.int
     CATALOG_REVISION_FIELD_NUMBER: _builtins.int
+    SPLIT_FIELD_NUMBER: _builtins.int
     revision: _builtins.str
     """tenants/{tenant}/policies/{policy}/revisions/{number}"""
     object_key: _builtins.str
@@ -203,6 +294,12 @@ class Resolution(_message.Message):
     def blob(self) -> _common_pb2.BlobRef:
         """The adapter's digest and size."""
 
+    @_builtins.property
+    def split(self) -> Global___AliasSplit:
+        """Only in answers about an alias with a canary: what it answers other sticky keys with. Absent, the answer holds for
+        every sticky key.
+        """
+
     def __init__(
         self,
         *,
@@ -214,14 +311,55 @@ class Resolution(_message.Message):
         canary: _builtins.bool = ...,
         stale: _builtins.bool = ...,
         catalog_revision: _builtins.int = ...,
+        split: Global___AliasSplit | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["blob", b"blob"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["blob", b"blob", "split", b"split"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_digest", b"base_digest", "base_model", b"base_model", "blob", b"blob", "canary", b"canary", "catalog_revision", b"catalog_revision", "object_key", b"object_key", "revision", b"revision", "stale", b"stale"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_digest", b"base_digest", "base_model", b"base_model", "blob", b"blob", "canary", b"canary", "catalog_revision", b"catalog_revision", "object_key", b"object_key", "revision", b"revision", "split", b"split", "stale", b"stale"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Resolution: _TypeAlias = Resolution  # noqa: Y015
+
+@_typing.final
+class AliasSplit(_message.Message):
+    """How an alias splits requests between its active revision and its canary: the canary is chosen when the sticky key's
+    position in [0, 1), hashed with the salt, lies below the weight.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WEIGHT_FIELD_NUMBER: _builtins.int
+    SALT_FIELD_NUMBER: _builtins.int
+    ACTIVE_FIELD_NUMBER: _builtins.int
+    CANARY_FIELD_NUMBER: _builtins.int
+    weight: _builtins.float
+    """Share of the sticky keys that the canary gets."""
+    salt: _builtins.str
+    """Goes into the hash."""
+    @_builtins.property
+    def active(self) -> Global___Resolution:
+        """For all other requests."""
+
+    @_builtins.property
+    def canary(self) -> Global___Resolution:
+        """For these."""
+
+    def __init__(
+        self,
+        *,
+        weight: _builtins.float = ...,
+        salt: _builtins.str = ...,
+        active: Global___Resolution | None = ...,
+        canary: Global___Resolution | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["active", b"active", "canary", b"canary"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active", b"active", "canary", b"canary", "salt", b"salt", "weight", b"weight"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AliasSplit: _TypeAlias = AliasSplit  # noqa: Y015
 
 @_typing.final
 class PromoteAliasRequest(_message.Message):
@@ -236,6 +374,7 @@ class PromoteAliasRequest(_message.Message):
     MIN_RESIDENT_REPLICAS_FIELD_NUMBER: _builtins.int
     RESIDENCY_TIMEOUT_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    IGNORE_GATE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """tenants/{tenant}/policies/{policy}/aliases/{alias}"""
     revision_number: _builtins.int
@@ -248,6 +387,8 @@ class PromoteAliasRequest(_message.Message):
     """Wait until this many engine replicas hold the revision; 0 means do not wait."""
     request_id: _builtins.str
     """UUID4 that makes a retry safe; optional."""
+    ignore_gate: _builtins.bool
+    """Move although the gate is not met; needs a reason, which the history keeps."""
     @_builtins.property
     def residency_timeout(self) -> _duration_pb2.Duration:
         """How long to wait at most."""
@@ -262,10 +403,11 @@ class PromoteAliasRequest(_message.Message):
         min_resident_replicas: _builtins.int = ...,
         residency_timeout: _duration_pb2.Duration | None = ...,
         request_id: _builtins.str = ...,
+        ignore_gate: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["residency_timeout", b"residency_timeout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["etag", b"etag", "min_resident_replicas", b"min_resident_replicas", "name", b"name", "reason", b"reason", "request_id", b"request_id", "residency_timeout", b"residency_timeout", "revision_number", b"revision_number"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["etag", b"etag", "ignore_gate", b"ignore_gate", "min_resident_replicas", b"min_resident_replicas", "name", b"name", "reason", b"reason", "request_id", b"request_id", "residency_timeout", b"residency_timeout", "revision_number", b"revision_number"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -588,6 +730,74 @@ class SetCanaryResponse(_message.Message):
 Global___SetCanaryResponse: _TypeAlias = SetCanaryResponse  # noqa: Y015
 
 @_typing.final
+class SetGateRequest(_message.Message):
+    """Request of SetGate."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    GATE_FIELD_NUMBER: _builtins.int
+    ETAG_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """tenants/{tenant}/policies/{policy}/aliases/{alias}"""
+    etag: _builtins.str
+    """Optional guard."""
+    reason: _builtins.str
+    """Why, kept in the audit trail."""
+    request_id: _builtins.str
+    """UUID4 that makes a retry safe; optional."""
+    @_builtins.property
+    def gate(self) -> Global___Gate:
+        """The gate; absent clears it."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        gate: Global___Gate | None = ...,
+        etag: _builtins.str = ...,
+        reason: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["gate", b"gate"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["etag", b"etag", "gate", b"gate", "name", b"name", "reason", b"reason", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetGateRequest: _TypeAlias = SetGateRequest  # noqa: Y015
+
+@_typing.final
+class SetGateResponse(_message.Message):
+    """Response of SetGate."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ALIAS_FIELD_NUMBER: _builtins.int
+    CATALOG_REVISION_FIELD_NUMBER: _builtins.int
+    catalog_revision: _builtins.int
+    """Revision of the catalog that contains the write."""
+    @_builtins.property
+    def alias(self) -> Global___Alias:
+        """As stored."""
+
+    def __init__(
+        self,
+        *,
+        alias: Global___Alias | None = ...,
+        catalog_revision: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["alias", b"alias"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alias", b"alias", "catalog_revision", b"catalog_revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetGateResponse: _TypeAlias = SetGateResponse  # noqa: Y015
+
+@_typing.final
 class ResolveRequest(_message.Message):
     """Request of Resolve."""
 
@@ -762,7 +972,7 @@ class WatchAliasesResponse(_message.Message):
     TYPE_FIELD_NUMBER: _builtins.int
     ALIAS_FIELD_NUMBER: _builtins.int
     CATALOG_REVISION_FIELD_NUMBER: _builtins.int
-    type: _policy_service_pb2.WatchEventType.ValueType
+    type: _common_pb2.WatchEventType.ValueType
     """What happened."""
     catalog_revision: _builtins.int
     """Revision of the catalog of the event."""
@@ -773,7 +983,7 @@ class WatchAliasesResponse(_message.Message):
     def __init__(
         self,
         *,
-        type: _policy_service_pb2.WatchEventType.ValueType = ...,
+        type: _common_pb2.WatchEventType.ValueType = ...,
         alias: Global___Alias | None = ...,
         catalog_revision: _builtins.int = ...,
     ) -> None: ...

@@ -65,6 +65,11 @@ class AliasServiceStub:
                 request_serializer=mint_dot_v1_dot_alias__service__pb2.SetCanaryRequest.SerializeToString,
                 response_deserializer=mint_dot_v1_dot_alias__service__pb2.SetCanaryResponse.FromString,
                 _registered_method=True)
+        self.SetGate = channel.unary_unary(
+                '/mint.v1.AliasService/SetGate',
+                request_serializer=mint_dot_v1_dot_alias__service__pb2.SetGateRequest.SerializeToString,
+                response_deserializer=mint_dot_v1_dot_alias__service__pb2.SetGateResponse.FromString,
+                _registered_method=True)
         self.Resolve = channel.unary_unary(
                 '/mint.v1.AliasService/Resolve',
                 request_serializer=mint_dot_v1_dot_alias__service__pb2.ResolveRequest.SerializeToString,
@@ -94,7 +99,9 @@ class AliasServiceServicer:
         * NOT_FOUND / RESOURCE_NOT_FOUND: no such policy or revision.
         * ABORTED / ETAG_MISMATCH: the alias changed since it was read.
         * FAILED_PRECONDITION / WRONG_STATE: the revision is not READY or the policy is not ACTIVE.
+        * FAILED_PRECONDITION / GATE_NOT_MET: an evaluation that the alias's gate asks for is missing or falls short.
         * DEADLINE_EXCEEDED: min_resident_replicas was not reached in time; nothing changed.
+        * RESOURCE_EXHAUSTED / LIMIT_EXCEEDED: too many aliases, or too many promotions wait; retry later.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -146,11 +153,27 @@ class AliasServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def SetCanary(self, request, context):
-        """Sets or clears an alias's canary.
+        """Sets or clears an alias's canary. Promoting the canary's own revision ends the trial. An evaluation that breaks
+        the gate while the canary is out takes it back at once; history and audit trail say why.
 
         Errors:
+        * INVALID_ARGUMENT / INVALID_FIELD: bad name, weight or salt.
         * NOT_FOUND / RESOURCE_NOT_FOUND: no such alias or revision.
-        * FAILED_PRECONDITION / WRONG_STATE: the revision is not READY.
+        * ABORTED / ETAG_MISMATCH: the alias changed since it was read.
+        * FAILED_PRECONDITION / WRONG_STATE: the revision is not READY or the policy is not ACTIVE.
+        * FAILED_PRECONDITION / GATE_NOT_MET: an evaluation of it falls short of the alias's gate already.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetGate(self, request, context):
+        """Sets or clears an alias's gate. A canary that falls short of it by an evaluation made already is taken back.
+
+        Errors:
+        * INVALID_ARGUMENT / INVALID_FIELD: bad name or condition.
+        * NOT_FOUND / RESOURCE_NOT_FOUND: no such alias.
+        * ABORTED / ETAG_MISMATCH: the alias changed since it was read.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -221,6 +244,11 @@ def add_AliasServiceServicer_to_server(servicer, server):
                     servicer.SetCanary,
                     request_deserializer=mint_dot_v1_dot_alias__service__pb2.SetCanaryRequest.FromString,
                     response_serializer=mint_dot_v1_dot_alias__service__pb2.SetCanaryResponse.SerializeToString,
+            ),
+            'SetGate': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetGate,
+                    request_deserializer=mint_dot_v1_dot_alias__service__pb2.SetGateRequest.FromString,
+                    response_serializer=mint_dot_v1_dot_alias__service__pb2.SetGateResponse.SerializeToString,
             ),
             'Resolve': grpc.unary_unary_rpc_method_handler(
                     servicer.Resolve,
@@ -401,6 +429,33 @@ class AliasService:
             '/mint.v1.AliasService/SetCanary',
             mint_dot_v1_dot_alias__service__pb2.SetCanaryRequest.SerializeToString,
             mint_dot_v1_dot_alias__service__pb2.SetCanaryResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetGate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mint.v1.AliasService/SetGate',
+            mint_dot_v1_dot_alias__service__pb2.SetGateRequest.SerializeToString,
+            mint_dot_v1_dot_alias__service__pb2.SetGateResponse.FromString,
             options,
             channel_credentials,
             insecure,

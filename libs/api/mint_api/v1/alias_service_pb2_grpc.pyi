@@ -41,7 +41,9 @@ class AliasServiceStub:
     * NOT_FOUND / RESOURCE_NOT_FOUND: no such policy or revision.
     * ABORTED / ETAG_MISMATCH: the alias changed since it was read.
     * FAILED_PRECONDITION / WRONG_STATE: the revision is not READY or the policy is not ACTIVE.
+    * FAILED_PRECONDITION / GATE_NOT_MET: an evaluation that the alias's gate asks for is missing or falls short.
     * DEADLINE_EXCEEDED: min_resident_replicas was not reached in time; nothing changed.
+    * RESOURCE_EXHAUSTED / LIMIT_EXCEEDED: too many aliases, or too many promotions wait; retry later.
     """
     RollbackAlias: _grpc.UnaryUnaryMultiCallable[_alias_service_pb2.RollbackAliasRequest, _alias_service_pb2.RollbackAliasResponse]
     """Points an alias back at the previous distinct READY revision of its history, or at a named one.
@@ -73,11 +75,23 @@ class AliasServiceStub:
     * ABORTED / ETAG_MISMATCH: changed since it was read.
     """
     SetCanary: _grpc.UnaryUnaryMultiCallable[_alias_service_pb2.SetCanaryRequest, _alias_service_pb2.SetCanaryResponse]
-    """Sets or clears an alias's canary.
+    """Sets or clears an alias's canary. Promoting the canary's own revision ends the trial. An evaluation that breaks
+    the gate while the canary is out takes it back at once; history and audit trail say why.
 
     Errors:
+    * INVALID_ARGUMENT / INVALID_FIELD: bad name, weight or salt.
     * NOT_FOUND / RESOURCE_NOT_FOUND: no such alias or revision.
-    * FAILED_PRECONDITION / WRONG_STATE: the revision is not READY.
+    * ABORTED / ETAG_MISMATCH: the alias changed since it was read.
+    * FAILED_PRECONDITION / WRONG_STATE: the revision is not READY or the policy is not ACTIVE.
+    * FAILED_PRECONDITION / GATE_NOT_MET: an evaluation of it falls short of the alias's gate already.
+    """
+    SetGate: _grpc.UnaryUnaryMultiCallable[_alias_service_pb2.SetGateRequest, _alias_service_pb2.SetGateResponse]
+    """Sets or clears an alias's gate. A canary that falls short of it by an evaluation made already is taken back.
+
+    Errors:
+    * INVALID_ARGUMENT / INVALID_FIELD: bad name or condition.
+    * NOT_FOUND / RESOURCE_NOT_FOUND: no such alias.
+    * ABORTED / ETAG_MISMATCH: the alias changed since it was read.
     """
     Resolve: _grpc.UnaryUnaryMultiCallable[_alias_service_pb2.ResolveRequest, _alias_service_pb2.ResolveResponse]
     """Resolves an alias or a revision name to a digest.
@@ -114,7 +128,9 @@ class AliasServiceAsyncStub(AliasServiceStub):
     * NOT_FOUND / RESOURCE_NOT_FOUND: no such policy or revision.
     * ABORTED / ETAG_MISMATCH: the alias changed since it was read.
     * FAILED_PRECONDITION / WRONG_STATE: the revision is not READY or the policy is not ACTIVE.
+    * FAILED_PRECONDITION / GATE_NOT_MET: an evaluation that the alias's gate asks for is missing or falls short.
     * DEADLINE_EXCEEDED: min_resident_replicas was not reached in time; nothing changed.
+    * RESOURCE_EXHAUSTED / LIMIT_EXCEEDED: too many aliases, or too many promotions wait; retry later.
     """
     RollbackAlias: _aio.UnaryUnaryMultiCallable[_alias_service_pb2.RollbackAliasRequest, _alias_service_pb2.RollbackAliasResponse]  # type: ignore[assignment]
     """Points an alias back at the previous distinct READY revision of its history, or at a named one.
@@ -146,11 +162,23 @@ class AliasServiceAsyncStub(AliasServiceStub):
     * ABORTED / ETAG_MISMATCH: changed since it was read.
     """
     SetCanary: _aio.UnaryUnaryMultiCallable[_alias_service_pb2.SetCanaryRequest, _alias_service_pb2.SetCanaryResponse]  # type: ignore[assignment]
-    """Sets or clears an alias's canary.
+    """Sets or clears an alias's canary. Promoting the canary's own revision ends the trial. An evaluation that breaks
+    the gate while the canary is out takes it back at once; history and audit trail say why.
 
     Errors:
+    * INVALID_ARGUMENT / INVALID_FIELD: bad name, weight or salt.
     * NOT_FOUND / RESOURCE_NOT_FOUND: no such alias or revision.
-    * FAILED_PRECONDITION / WRONG_STATE: the revision is not READY.
+    * ABORTED / ETAG_MISMATCH: the alias changed since it was read.
+    * FAILED_PRECONDITION / WRONG_STATE: the revision is not READY or the policy is not ACTIVE.
+    * FAILED_PRECONDITION / GATE_NOT_MET: an evaluation of it falls short of the alias's gate already.
+    """
+    SetGate: _aio.UnaryUnaryMultiCallable[_alias_service_pb2.SetGateRequest, _alias_service_pb2.SetGateResponse]  # type: ignore[assignment]
+    """Sets or clears an alias's gate. A canary that falls short of it by an evaluation made already is taken back.
+
+    Errors:
+    * INVALID_ARGUMENT / INVALID_FIELD: bad name or condition.
+    * NOT_FOUND / RESOURCE_NOT_FOUND: no such alias.
+    * ABORTED / ETAG_MISMATCH: the alias changed since it was read.
     """
     Resolve: _aio.UnaryUnaryMultiCallable[_alias_service_pb2.ResolveRequest, _alias_service_pb2.ResolveResponse]  # type: ignore[assignment]
     """Resolves an alias or a revision name to a digest.
@@ -190,7 +218,9 @@ class AliasServiceServicer(metaclass=_abc_1.ABCMeta):
         * NOT_FOUND / RESOURCE_NOT_FOUND: no such policy or revision.
         * ABORTED / ETAG_MISMATCH: the alias changed since it was read.
         * FAILED_PRECONDITION / WRONG_STATE: the revision is not READY or the policy is not ACTIVE.
+        * FAILED_PRECONDITION / GATE_NOT_MET: an evaluation that the alias's gate asks for is missing or falls short.
         * DEADLINE_EXCEEDED: min_resident_replicas was not reached in time; nothing changed.
+        * RESOURCE_EXHAUSTED / LIMIT_EXCEEDED: too many aliases, or too many promotions wait; retry later.
         """
 
     @_abc_1.abstractmethod
@@ -252,11 +282,29 @@ class AliasServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _alias_service_pb2.SetCanaryRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_alias_service_pb2.SetCanaryResponse, _abc.Awaitable[_alias_service_pb2.SetCanaryResponse]]:
-        """Sets or clears an alias's canary.
+        """Sets or clears an alias's canary. Promoting the canary's own revision ends the trial. An evaluation that breaks
+        the gate while the canary is out takes it back at once; history and audit trail say why.
 
         Errors:
+        * INVALID_ARGUMENT / INVALID_FIELD: bad name, weight or salt.
         * NOT_FOUND / RESOURCE_NOT_FOUND: no such alias or revision.
-        * FAILED_PRECONDITION / WRONG_STATE: the revision is not READY.
+        * ABORTED / ETAG_MISMATCH: the alias changed since it was read.
+        * FAILED_PRECONDITION / WRONG_STATE: the revision is not READY or the policy is not ACTIVE.
+        * FAILED_PRECONDITION / GATE_NOT_MET: an evaluation of it falls short of the alias's gate already.
+        """
+
+    @_abc_1.abstractmethod
+    def SetGate(
+        self,
+        request: _alias_service_pb2.SetGateRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_alias_service_pb2.SetGateResponse, _abc.Awaitable[_alias_service_pb2.SetGateResponse]]:
+        """Sets or clears an alias's gate. A canary that falls short of it by an evaluation made already is taken back.
+
+        Errors:
+        * INVALID_ARGUMENT / INVALID_FIELD: bad name or condition.
+        * NOT_FOUND / RESOURCE_NOT_FOUND: no such alias.
+        * ABORTED / ETAG_MISMATCH: the alias changed since it was read.
         """
 
     @_abc_1.abstractmethod

@@ -20,6 +20,34 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _WatchEventType:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _WatchEventTypeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WatchEventType.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    WATCH_EVENT_TYPE_UNSPECIFIED: _WatchEventType.ValueType  # 0
+    """Not used on the wire."""
+    WATCH_EVENT_TYPE_PUT: _WatchEventType.ValueType  # 1
+    """Created or changed; the resource is attached."""
+    WATCH_EVENT_TYPE_DELETE: _WatchEventType.ValueType  # 2
+    """Gone; only the name is attached."""
+    WATCH_EVENT_TYPE_BOOKMARK: _WatchEventType.ValueType  # 3
+    """Nothing happened up to catalog_revision; a watch may resume after it."""
+
+class WatchEventType(_WatchEventType, metaclass=_WatchEventTypeEnumTypeWrapper):
+    """What happened to a watched resource."""
+
+WATCH_EVENT_TYPE_UNSPECIFIED: WatchEventType.ValueType  # 0
+"""Not used on the wire."""
+WATCH_EVENT_TYPE_PUT: WatchEventType.ValueType  # 1
+"""Created or changed; the resource is attached."""
+WATCH_EVENT_TYPE_DELETE: WatchEventType.ValueType  # 2
+"""Gone; only the name is attached."""
+WATCH_EVENT_TYPE_BOOKMARK: WatchEventType.ValueType  # 3
+"""Nothing happened up to catalog_revision; a watch may resume after it."""
+Global___WatchEventType: _TypeAlias = WatchEventType  # noqa: Y015
+
 class _LossFunction:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015

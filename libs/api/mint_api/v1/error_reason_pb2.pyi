@@ -78,6 +78,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """DATA_LOSS. Stored data is damaged."""
     ERROR_REASON_BLOB_CORRUPT: _ErrorReason.ValueType  # 27
     """DATA_LOSS. A stored object lost its digest; metadata: digest, object_key."""
+    ERROR_REASON_GATE_NOT_MET: _ErrorReason.ValueType  # 28
+    """FAILED_PRECONDITION. An alias's gate is not met; metadata: resource, condition, expected, actual."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """The machine-readable reason of an error. Every error of every RPC carries one google.rpc.ErrorInfo whose
@@ -144,4 +146,6 @@ ERROR_REASON_DATA_LOSS: ErrorReason.ValueType  # 26
 """DATA_LOSS. Stored data is damaged."""
 ERROR_REASON_BLOB_CORRUPT: ErrorReason.ValueType  # 27
 """DATA_LOSS. A stored object lost its digest; metadata: digest, object_key."""
+ERROR_REASON_GATE_NOT_MET: ErrorReason.ValueType  # 28
+"""FAILED_PRECONDITION. An alias's gate is not met; metadata: resource, condition, expected, actual."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

@@ -409,9 +409,12 @@ class ScoreRequest(_message.Message):
     PROMPT_FIELD_NUMBER: _builtins.int
     CONSISTENCY_FIELD_NUMBER: _builtins.int
     TENANT_FIELD_NUMBER: _builtins.int
+    STICKY_KEY_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """As in GenerateRequest."""
     tenant: _builtins.str
+    """As in GenerateRequest."""
+    sticky_key: _builtins.str
     """As in GenerateRequest."""
     @_builtins.property
     def prompt(self) -> Global___Prompt:
@@ -428,10 +431,11 @@ class ScoreRequest(_message.Message):
         prompt: Global___Prompt | None = ...,
         consistency: _common_pb2.Consistency | None = ...,
         tenant: _builtins.str = ...,
+        sticky_key: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["consistency", b"consistency", "prompt", b"prompt"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["consistency", b"consistency", "model", b"model", "prompt", b"prompt", "tenant", b"tenant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["consistency", b"consistency", "model", b"model", "prompt", b"prompt", "sticky_key", b"sticky_key", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -26,9 +26,10 @@ from google.protobuf import field_mask_pb2 as google_dot_protobuf_dot_field__mas
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from google.rpc import status_pb2 as google_dot_rpc_dot_status__pb2
 from mint_api.v1 import common_pb2 as mint_dot_v1_dot_common__pb2
+from mint_api.v1 import revision_service_pb2 as mint_dot_v1_dot_revision__service__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cmint/v1/policy_service.proto\x12\x07mint.v1\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\x1a\x14mint/v1/common.proto\"\x8a\x04\n\x06Policy\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0b\n\x03uid\x18\x02 \x01(\t\x12\x12\n\nbase_model\x18\x03 \x01(\t\x12\x13\n\x0b\x62\x61se_digest\x18\x04 \x01(\t\x12!\n\x04lora\x18\x05 \x01(\x0b\x32\x13.mint.v1.LoraConfig\x12+\n\x06labels\x18\x06 \x03(\x0b\x32\x1b.mint.v1.Policy.LabelsEntry\x12\r\n\x05owner\x18\x07 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x08 \x01(\t\x12#\n\x05state\x18\t \x01(\x0e\x32\x14.mint.v1.PolicyState\x12\x35\n\x15latest_training_state\x18\n \x01(\x0b\x32\x16.mint.v1.TrainingState\x12\x1c\n\x14next_revision_number\x18\x0b \x01(\x03\x12/\n\x0b\x63reate_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x64\x65lete_time\x18\x0e \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04\x65tag\x18\x0f \x01(\t\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"m\n\x13\x43reatePolicyRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpolicy_id\x18\x02 \x01(\t\x12\x1f\n\x06policy\x18\x03 \x01(\x0b\x32\x0f.mint.v1.Policy\x12\x12\n\nrequest_id\x18\x04 \x01(\t\"Q\n\x14\x43reatePolicyResponse\x12\x1f\n\x06policy\x18\x01 \x01(\x0b\x32\x0f.mint.v1.Policy\x12\x18\n\x10\x63\x61talog_revision\x18\x02 \x01(\x03\"K\n\x10GetPolicyRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12)\n\x0b\x63onsistency\x18\x02 \x01(\x0b\x32\x14.mint.v1.Consistency\"4\n\x11GetPolicyResponse\x12\x1f\n\x06policy\x18\x01 \x01(\x0b\x32\x0f.mint.v1.Policy\"{\n\x13UpdatePolicyRequest\x12\x1f\n\x06policy\x18\x01 \x01(\x0b\x32\x0f.mint.v1.Policy\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"Q\n\x14UpdatePolicyResponse\x12\x1f\n\x06policy\x18\x01 \x01(\x0b\x32\x0f.mint.v1.Policy\x12\x18\n\x10\x63\x61talog_revision\x18\x02 \x01(\x03\"E\n\x13\x44\x65letePolicyRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"0\n\x14\x44\x65letePolicyResponse\x12\x18\n\x10\x63\x61talog_revision\x18\x01 \x01(\x03\"9\n\x15UndeletePolicyRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"S\n\x16UndeletePolicyResponse\x12\x1f\n\x06policy\x18\x01 \x01(\x0b\x32\x0f.mint.v1.Policy\x12\x18\n\x10\x63\x61talog_revision\x18\x02 \x01(\x03\"\x99\x01\n\x13ListPoliciesRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\x12\x0e\n\x06\x66ilter\x18\x04 \x01(\t\x12\x10\n\x08order_by\x18\x05 \x01(\t\x12)\n\x0b\x63onsistency\x18\x06 \x01(\x0b\x32\x14.mint.v1.Consistency\"l\n\x14ListPoliciesResponse\x12!\n\x08policies\x18\x01 \x03(\x0b\x32\x0f.mint.v1.Policy\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\x12\x18\n\x10\x63\x61talog_revision\x18\x03 \x01(\x03\"L\n\x14WatchPoliciesRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12$\n\x1cstart_after_catalog_revision\x18\x02 \x01(\x03\"y\n\x15WatchPoliciesResponse\x12%\n\x04type\x18\x01 \x01(\x0e\x32\x17.mint.v1.WatchEventType\x12\x1f\n\x06policy\x18\x02 \x01(\x0b\x32\x0f.mint.v1.Policy\x12\x18\n\x10\x63\x61talog_revision\x18\x03 \x01(\x03\"\\\n\x1a\x42\x61tchCreatePoliciesRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12.\n\x08requests\x18\x02 \x03(\x0b\x32\x1c.mint.v1.CreatePolicyRequest\"]\n\x1b\x42\x61tchCreatePoliciesResponse\x12$\n\x08statuses\x18\x01 \x03(\x0b\x32\x12.google.rpc.Status\x12\x18\n\x10\x63\x61talog_revision\x18\x02 \x01(\x03\"]\n\x15ImportPoliciesRequest\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12\x32\n\x05\x62\x61tch\x18\x02 \x01(\x0b\x32#.mint.v1.BatchCreatePoliciesRequest\"`\n\x16ImportPoliciesResponse\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12\x34\n\x06result\x18\x02 \x01(\x0b\x32$.mint.v1.BatchCreatePoliciesResponse*w\n\x0bPolicyState\x12\x1c\n\x18POLICY_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13POLICY_STATE_ACTIVE\x10\x01\x12\x17\n\x13POLICY_STATE_PAUSED\x10\x02\x12\x18\n\x14POLICY_STATE_DELETED\x10\x03*\x88\x01\n\x0eWatchEventType\x12 \n\x1cWATCH_EVENT_TYPE_UNSPECIFIED\x10\x00\x12\x18\n\x14WATCH_EVENT_TYPE_PUT\x10\x01\x12\x1b\n\x17WATCH_EVENT_TYPE_DELETE\x10\x02\x12\x1d\n\x19WATCH_EVENT_TYPE_BOOKMARK\x10\x03\x32\xe5\x05\n\rPolicyService\x12K\n\x0c\x43reatePolicy\x12\x1c.mint.v1.CreatePolicyRequest\x1a\x1d.mint.v1.CreatePolicyResponse\x12\x42\n\tGetPolicy\x12\x19.mint.v1.GetPolicyRequest\x1a\x1a.mint.v1.GetPolicyResponse\x12K\n\x0cUpdatePolicy\x12\x1c.mint.v1.UpdatePolicyRequest\x1a\x1d.mint.v1.UpdatePolicyResponse\x12K\n\x0c\x44\x65letePolicy\x12\x1c.mint.v1.DeletePolicyRequest\x1a\x1d.mint.v1.DeletePolicyResponse\x12Q\n\x0eUndeletePolicy\x12\x1e.mint.v1.UndeletePolicyRequest\x1a\x1f.mint.v1.UndeletePolicyResponse\x12K\n\x0cListPolicies\x12\x1c.mint.v1.ListPoliciesRequest\x1a\x1d.mint.v1.ListPoliciesResponse\x12P\n\rWatchPolicies\x12\x1d.mint.v1.WatchPoliciesRequest\x1a\x1e.mint.v1.WatchPoliciesResponse0\x01\x12`\n\x13\x42\x61tchCreatePolicies\x12#.mint.v1.BatchCreatePoliciesRequest\x1a$.mint.v1.BatchCreatePoliciesResponse\x12U\n\x0eImportPolicies\x12\x1e.mint.v1.ImportPoliciesRequest\x1a\x1f.mint.v1.ImportPoliciesResponse(\x01\x30\x01\x42$Z\"mint.dev/api/gen/go/mint/v1;mintv1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cmint/v1/policy_service.proto\x12\x07mint.v1\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\x1a\x14mint/v1/common.proto\x1a\x1emint/v1/revision_service.proto\"\xdd\x04\n\x06Policy\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0b\n\x03uid\x18\x02 \x01(\t\x12\x12\n\nbase_model\x18\x03 \x01(\t\x12\x13\n\x0b\x62\x61se_digest\x18\x04 \x01(\t\x12!\n\x04lora\x18\x05 \x01(\x0b\x32\x13.mint.v1.LoraConfig\x12+\n\x06labels\x18\x06 \x03(\x0b\x32\x1b.mint.v1.Policy.LabelsEntry\x12\r\n\x05owner\x18\x07 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x08 \x01(\t\x12#\n\x05state\x18\t \x01(\x0e\x32\x14.mint.v1.PolicyState\x12\x35\n\x15latest_training_state\x18\n \x01(\x0b\x32\x16.mint.v1.TrainingState\x12\x1c\n\x14next_revision_number\x18\x0b \x01(\x03\x12/\n\x0b\x63reate_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x64\x65lete_time\x18\x0e \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04\x65tag\x18\x0f \x01(\t\x12#\n\x05quota\x18\x10 \x01(\x0b\x32\x14.mint.v1.PolicyQuota\x12,\n\x0eundelete_state\x18\x11 \x01(\x0e\x32\x14.mint.v1.PolicyState\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\";\n\x0bPolicyQuota\x12\x15\n\rmax_revisions\x18\x01 \x01(\x03\x12\x15\n\rmax_open_runs\x18\x02 \x01(\x05\"\xff\x01\n\x13\x43reatePolicyRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpolicy_id\x18\x02 \x01(\t\x12\x1f\n\x06policy\x18\x03 \x01(\x0b\x32\x0f.mint.v1.Policy\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12$\n\trevisions\x18\x05 \x03(\x0b\x32\x11.mint.v1.Revision\x12:\n\x07\x61liases\x18\x06 \x03(\x0b\x32).mint.v1.CreatePolicyRequest.AliasesEntry\x1a.\n\x0c\x41liasesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\"Q\n\x14\x43reatePolicyResponse\x12\x1f\n\x06policy\x18\x01 \x01(\x0b\x32\x0f.mint.v1.Policy\x12\x18\n\x10\x63\x61talog_revision\x18\x02 \x01(\x03\"K\n\x10GetPolicyRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12)\n\x0b\x63onsistency\x18\x02 \x01(\x0b\x32\x14.mint.v1.Consistency\"4\n\x11GetPolicyResponse\x12\x1f\n\x06policy\x18\x01 \x01(\x0b\x32\x0f.mint.v1.Policy\"{\n\x13UpdatePolicyRequest\x12\x1f\n\x06policy\x18\x01 \x01(\x0b\x32\x0f.mint.v1.Policy\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"Q\n\x14UpdatePolicyResponse\x12\x1f\n\x06policy\x18\x01 \x01(\x0b\x32\x0f.mint.v1.Policy\x12\x18\n\x10\x63\x61talog_revision\x18\x02 \x01(\x03\"E\n\x13\x44\x65letePolicyRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"0\n\x14\x44\x65letePolicyResponse\x12\x18\n\x10\x63\x61talog_revision\x18\x01 \x01(\x03\"9\n\x15UndeletePolicyRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"S\n\x16UndeletePolicyResponse\x12\x1f\n\x06policy\x18\x01 \x01(\x0b\x32\x0f.mint.v1.Policy\x12\x18\n\x10\x63\x61talog_revision\x18\x02 \x01(\x03\"\x99\x01\n\x13ListPoliciesRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\x12\x0e\n\x06\x66ilter\x18\x04 \x01(\t\x12\x10\n\x08order_by\x18\x05 \x01(\t\x12)\n\x0b\x63onsistency\x18\x06 \x01(\x0b\x32\x14.mint.v1.Consistency\"l\n\x14ListPoliciesResponse\x12!\n\x08policies\x18\x01 \x03(\x0b\x32\x0f.mint.v1.Policy\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\x12\x18\n\x10\x63\x61talog_revision\x18\x03 \x01(\x03\"L\n\x14WatchPoliciesRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12$\n\x1cstart_after_catalog_revision\x18\x02 \x01(\x03\"y\n\x15WatchPoliciesResponse\x12%\n\x04type\x18\x01 \x01(\x0e\x32\x17.mint.v1.WatchEventType\x12\x1f\n\x06policy\x18\x02 \x01(\x0b\x32\x0f.mint.v1.Policy\x12\x18\n\x10\x63\x61talog_revision\x18\x03 \x01(\x03\"\\\n\x1a\x42\x61tchCreatePoliciesRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12.\n\x08requests\x18\x02 \x03(\x0b\x32\x1c.mint.v1.CreatePolicyRequest\"]\n\x1b\x42\x61tchCreatePoliciesResponse\x12$\n\x08statuses\x18\x01 \x03(\x0b\x32\x12.google.rpc.Status\x12\x18\n\x10\x63\x61talog_revision\x18\x02 \x01(\x03\"]\n\x15ImportPoliciesRequest\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12\x32\n\x05\x62\x61tch\x18\x02 \x01(\x0b\x32#.mint.v1.BatchCreatePoliciesRequest\"`\n\x16ImportPoliciesResponse\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12\x34\n\x06result\x18\x02 \x01(\x0b\x32$.mint.v1.BatchCreatePoliciesResponse*w\n\x0bPolicyState\x12\x1c\n\x18POLICY_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13POLICY_STATE_ACTIVE\x10\x01\x12\x17\n\x13POLICY_STATE_PAUSED\x10\x02\x12\x18\n\x14POLICY_STATE_DELETED\x10\x03\x32\xe5\x05\n\rPolicyService\x12K\n\x0c\x43reatePolicy\x12\x1c.mint.v1.CreatePolicyRequest\x1a\x1d.mint.v1.CreatePolicyResponse\x12\x42\n\tGetPolicy\x12\x19.mint.v1.GetPolicyRequest\x1a\x1a.mint.v1.GetPolicyResponse\x12K\n\x0cUpdatePolicy\x12\x1c.mint.v1.UpdatePolicyRequest\x1a\x1d.mint.v1.UpdatePolicyResponse\x12K\n\x0c\x44\x65letePolicy\x12\x1c.mint.v1.DeletePolicyRequest\x1a\x1d.mint.v1.DeletePolicyResponse\x12Q\n\x0eUndeletePolicy\x12\x1e.mint.v1.UndeletePolicyRequest\x1a\x1f.mint.v1.UndeletePolicyResponse\x12K\n\x0cListPolicies\x12\x1c.mint.v1.ListPoliciesRequest\x1a\x1d.mint.v1.ListPoliciesResponse\x12P\n\rWatchPolicies\x12\x1d.mint.v1.WatchPoliciesRequest\x1a\x1e.mint.v1.WatchPoliciesResponse0\x01\x12`\n\x13\x42\x61tchCreatePolicies\x12#.mint.v1.BatchCreatePoliciesRequest\x1a$.mint.v1.BatchCreatePoliciesResponse\x12U\n\x0eImportPolicies\x12\x1e.mint.v1.ImportPoliciesRequest\x1a\x1f.mint.v1.ImportPoliciesResponse(\x01\x30\x01\x42$Z\"mint.dev/api/gen/go/mint/v1;mintv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,50 +39,54 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._serialized_options = b'Z\"mint.dev/api/gen/go/mint/v1;mintv1'
   _globals['_POLICY_LABELSENTRY']._loaded_options = None
   _globals['_POLICY_LABELSENTRY']._serialized_options = b'8\001'
-  _globals['_POLICYSTATE']._serialized_start=2327
-  _globals['_POLICYSTATE']._serialized_end=2446
-  _globals['_WATCHEVENTTYPE']._serialized_start=2449
-  _globals['_WATCHEVENTTYPE']._serialized_end=2585
-  _globals['_POLICY']._serialized_start=156
-  _globals['_POLICY']._serialized_end=678
-  _globals['_POLICY_LABELSENTRY']._serialized_start=633
-  _globals['_POLICY_LABELSENTRY']._serialized_end=678
-  _globals['_CREATEPOLICYREQUEST']._serialized_start=680
-  _globals['_CREATEPOLICYREQUEST']._serialized_end=789
-  _globals['_CREATEPOLICYRESPONSE']._serialized_start=791
-  _globals['_CREATEPOLICYRESPONSE']._serialized_end=872
-  _globals['_GETPOLICYREQUEST']._serialized_start=874
-  _globals['_GETPOLICYREQUEST']._serialized_end=949
-  _globals['_GETPOLICYRESPONSE']._serialized_start=951
-  _globals['_GETPOLICYRESPONSE']._serialized_end=1003
-  _globals['_UPDATEPOLICYREQUEST']._serialized_start=1005
-  _globals['_UPDATEPOLICYREQUEST']._serialized_end=1128
-  _globals['_UPDATEPOLICYRESPONSE']._serialized_start=1130
-  _globals['_UPDATEPOLICYRESPONSE']._serialized_end=1211
-  _globals['_DELETEPOLICYREQUEST']._serialized_start=1213
-  _globals['_DELETEPOLICYREQUEST']._serialized_end=1282
-  _globals['_DELETEPOLICYRESPONSE']._serialized_start=1284
-  _globals['_DELETEPOLICYRESPONSE']._serialized_end=1332
-  _globals['_UNDELETEPOLICYREQUEST']._serialized_start=1334
-  _globals['_UNDELETEPOLICYREQUEST']._serialized_end=1391
-  _globals['_UNDELETEPOLICYRESPONSE']._serialized_start=1393
-  _globals['_UNDELETEPOLICYRESPONSE']._serialized_end=1476
-  _globals['_LISTPOLICIESREQUEST']._serialized_start=1479
-  _globals['_LISTPOLICIESREQUEST']._serialized_end=1632
-  _globals['_LISTPOLICIESRESPONSE']._serialized_start=1634
-  _globals['_LISTPOLICIESRESPONSE']._serialized_end=1742
-  _globals['_WATCHPOLICIESREQUEST']._serialized_start=1744
-  _globals['_WATCHPOLICIESREQUEST']._serialized_end=1820
-  _globals['_WATCHPOLICIESRESPONSE']._serialized_start=1822
-  _globals['_WATCHPOLICIESRESPONSE']._serialized_end=1943
-  _globals['_BATCHCREATEPOLICIESREQUEST']._serialized_start=1945
-  _globals['_BATCHCREATEPOLICIESREQUEST']._serialized_end=2037
-  _globals['_BATCHCREATEPOLICIESRESPONSE']._serialized_start=2039
-  _globals['_BATCHCREATEPOLICIESRESPONSE']._serialized_end=2132
-  _globals['_IMPORTPOLICIESREQUEST']._serialized_start=2134
-  _globals['_IMPORTPOLICIESREQUEST']._serialized_end=2227
-  _globals['_IMPORTPOLICIESRESPONSE']._serialized_start=2229
-  _globals['_IMPORTPOLICIESRESPONSE']._serialized_end=2325
-  _globals['_POLICYSERVICE']._serialized_start=2588
-  _globals['_POLICYSERVICE']._serialized_end=3329
+  _globals['_CREATEPOLICYREQUEST_ALIASESENTRY']._loaded_options = None
+  _globals['_CREATEPOLICYREQUEST_ALIASESENTRY']._serialized_options = b'8\001'
+  _globals['_POLICYSTATE']._serialized_start=2650
+  _globals['_POLICYSTATE']._serialized_end=2769
+  _globals['_POLICY']._serialized_start=188
+  _globals['_POLICY']._serialized_end=793
+  _globals['_POLICY_LABELSENTRY']._serialized_start=748
+  _globals['_POLICY_LABELSENTRY']._serialized_end=793
+  _globals['_POLICYQUOTA']._serialized_start=795
+  _globals['_POLICYQUOTA']._serialized_end=854
+  _globals['_CREATEPOLICYREQUEST']._serialized_start=857
+  _globals['_CREATEPOLICYREQUEST']._serialized_end=1112
+  _globals['_CREATEPOLICYREQUEST_ALIASESENTRY']._serialized_start=1066
+  _globals['_CREATEPOLICYREQUEST_ALIASESENTRY']._serialized_end=1112
+  _globals['_CREATEPOLICYRESPONSE']._serialized_start=1114
+  _globals['_CREATEPOLICYRESPONSE']._serialized_end=1195
+  _globals['_GETPOLICYREQUEST']._serialized_start=1197
+  _globals['_GETPOLICYREQUEST']._serialized_end=1272
+  _globals['_GETPOLICYRESPONSE']._serialized_start=1274
+  _globals['_GETPOLICYRESPONSE']._serialized_end=1326
+  _globals['_UPDATEPOLICYREQUEST']._serialized_start=1328
+  _globals['_UPDATEPOLICYREQUEST']._serialized_end=1451
+  _globals['_UPDATEPOLICYRESPONSE']._serialized_start=1453
+  _globals['_UPDATEPOLICYRESPONSE']._serialized_end=1534
+  _globals['_DELETEPOLICYREQUEST']._serialized_start=1536
+  _globals['_DELETEPOLICYREQUEST']._serialized_end=1605
+  _globals['_DELETEPOLICYRESPONSE']._serialized_start=1607
+  _globals['_DELETEPOLICYRESPONSE']._serialized_end=1655
+  _globals['_UNDELETEPOLICYREQUEST']._serialized_start=1657
+  _globals['_UNDELETEPOLICYREQUEST']._serialized_end=1714
+  _globals['_UNDELETEPOLICYRESPONSE']._serialized_start=1716
+  _globals['_UNDELETEPOLICYRESPONSE']._serialized_end=1799
+  _globals['_LISTPOLICIESREQUEST']._serialized_start=1802
+  _globals['_LISTPOLICIESREQUEST']._serialized_end=1955
+  _globals['_LISTPOLICIESRESPONSE']._serialized_start=1957
+  _globals['_LISTPOLICIESRESPONSE']._serialized_end=2065
+  _globals['_WATCHPOLICIESREQUEST']._serialized_start=2067
+  _globals['_WATCHPOLICIESREQUEST']._serialized_end=2143
+  _globals['_WATCHPOLICIESRESPONSE']._serialized_start=2145
+  _globals['_WATCHPOLICIESRESPONSE']._serialized_end=2266
+  _globals['_BATCHCREATEPOLICIESREQUEST']._serialized_start=2268
+  _globals['_BATCHCREATEPOLICIESREQUEST']._serialized_end=2360
+  _globals['_BATCHCREATEPOLICIESRESPONSE']._serialized_start=2362
+  _globals['_BATCHCREATEPOLICIESRESPONSE']._serialized_end=2455
+  _globals['_IMPORTPOLICIESREQUEST']._serialized_start=2457
+  _globals['_IMPORTPOLICIESREQUEST']._serialized_end=2550
+  _globals['_IMPORTPOLICIESRESPONSE']._serialized_start=2552
+  _globals['_IMPORTPOLICIESRESPONSE']._serialized_end=2648
+  _globals['_POLICYSERVICE']._serialized_start=2772
+  _globals['_POLICYSERVICE']._serialized_end=3513
 # @@protoc_insertion_point(module_scope)

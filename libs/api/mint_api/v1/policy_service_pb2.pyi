@@ -12,6 +12,7 @@ from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.rpc import status_pb2 as _status_pb2
 from mint_api.v1 import common_pb2 as _common_pb2
+from mint_api.v1 import revision_service_pb2 as _revision_service_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -50,34 +51,6 @@ POLICY_STATE_PAUSED: PolicyState.ValueType  # 2
 POLICY_STATE_DELETED: PolicyState.ValueType  # 3
 """Deleted; can be undeleted until the grace period ends."""
 Global___PolicyState: _TypeAlias = PolicyState  # noqa: Y015
-
-class _WatchEventType:
-    ValueType = _typing.NewType("ValueType", _builtins.int)
-    V: _TypeAlias = ValueType  # noqa: Y015
-
-class _WatchEventTypeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WatchEventType.ValueType], _builtins.type):
-    DESCRIPTOR: _descriptor.EnumDescriptor
-    WATCH_EVENT_TYPE_UNSPECIFIED: _WatchEventType.ValueType  # 0
-    """Not used on the wire."""
-    WATCH_EVENT_TYPE_PUT: _WatchEventType.ValueType  # 1
-    """Created or changed; the resource is attached."""
-    WATCH_EVENT_TYPE_DELETE: _WatchEventType.ValueType  # 2
-    """Gone; only the name is attached."""
-    WATCH_EVENT_TYPE_BOOKMARK: _WatchEventType.ValueType  # 3
-    """Nothing happened up to catalog_revision; a watch may resume after it."""
-
-class WatchEventType(_WatchEventType, metaclass=_WatchEventTypeEnumTypeWrapper):
-    """What happened to a watched resource."""
-
-WATCH_EVENT_TYPE_UNSPECIFIED: WatchEventType.ValueType  # 0
-"""Not used on the wire."""
-WATCH_EVENT_TYPE_PUT: WatchEventType.ValueType  # 1
-"""Created or changed; the resource is attached."""
-WATCH_EVENT_TYPE_DELETE: WatchEventType.ValueType  # 2
-"""Gone; only the name is attached."""
-WATCH_EVENT_TYPE_BOOKMARK: WatchEventType.ValueType  # 3
-"""Nothing happened up to catalog_revision; a watch may resume after it."""
-Global___WatchEventType: _TypeAlias = WatchEventType  # noqa: Y015
 
 @_typing.final
 class Policy(_message.Message):
@@ -120,6 +93,8 @@ class Policy(_message.Message):
     UPDATE_TIME_FIELD_NUMBER: _builtins.int
     DELETE_TIME_FIELD_NUMBER: _builtins.int
     ETAG_FIELD_NUMBER: _builtins.int
+    QUOTA_FIELD_NUMBER: _builtins.int
+    UNDELETE_STATE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """tenants/{tenant}/policies/{policy}"""
     uid: _builtins.str
@@ -140,6 +115,8 @@ class Policy(_message.Message):
     """Output only on reads; on writes: fail with ETAG_MISMATCH unless it still is the current one. It changes with
     every write to the policy, its training state, its revisions and its aliases.
     """
+    undelete_state: Global___PolicyState.ValueType
+    """Output only. The state that UndeletePolicy brings back. Set while deleted."""
     @_builtins.property
     def lora(self) -> _common_pb2.LoraConfig:
         """The adapter's hyper-parameters; absent means rank 16. Immutable once a training state or revision exists."""
@@ -164,6 +141,10 @@ class Policy(_message.Message):
     def delete_time(self) -> _timestamp_pb2.Timestamp:
         """Output only. Set while deleted."""
 
+    @_builtins.property
+    def quota(self) -> Global___PolicyQuota:
+        """Bounds of what may be kept under it; absent means none."""
+
     def __init__(
         self,
         *,
@@ -182,14 +163,42 @@ class Policy(_message.Message):
         update_time: _timestamp_pb2.Timestamp | None = ...,
         delete_time: _timestamp_pb2.Timestamp | None = ...,
         etag: _builtins.str = ...,
+        quota: Global___PolicyQuota | None = ...,
+        undelete_state: Global___PolicyState.ValueType = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "delete_time", b"delete_time", "latest_training_state", b"latest_training_state", "lora", b"lora", "update_time", b"update_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "delete_time", b"delete_time", "latest_training_state", b"latest_training_state", "lora", b"lora", "quota", b"quota", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_digest", b"base_digest", "base_model", b"base_model", "create_time", b"create_time", "delete_time", b"delete_time", "description", b"description", "etag", b"etag", "labels", b"labels", "latest_training_state", b"latest_training_state", "lora", b"lora", "name", b"name", "next_revision_number", b"next_revision_number", "owner", b"owner", "state", b"state", "uid", b"uid", "update_time", b"update_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_digest", b"base_digest", "base_model", b"base_model", "create_time", b"create_time", "delete_time", b"delete_time", "description", b"description", "etag", b"etag", "labels", b"labels", "latest_training_state", b"latest_training_state", "lora", b"lora", "name", b"name", "next_revision_number", b"next_revision_number", "owner", b"owner", "quota", b"quota", "state", b"state", "uid", b"uid", "undelete_state", b"undelete_state", "update_time", b"update_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Policy: _TypeAlias = Policy  # noqa: Y015
+
+@_typing.final
+class PolicyQuota(_message.Message):
+    """Bounds of one policy. A write that would go beyond one fails with LIMIT_EXCEEDED and changes nothing."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MAX_REVISIONS_FIELD_NUMBER: _builtins.int
+    MAX_OPEN_RUNS_FIELD_NUMBER: _builtins.int
+    max_revisions: _builtins.int
+    """Revisions that are not DELETED; 0 means no bound."""
+    max_open_runs: _builtins.int
+    """Runs that have not ended; 0 means no bound."""
+    def __init__(
+        self,
+        *,
+        max_revisions: _builtins.int = ...,
+        max_open_runs: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_open_runs", b"max_open_runs", "max_revisions", b"max_revisions"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PolicyQuota: _TypeAlias = PolicyQuota  # noqa: Y015
 
 @_typing.final
 class CreatePolicyRequest(_message.Message):
@@ -197,10 +206,32 @@ class CreatePolicyRequest(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class AliasesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     PARENT_FIELD_NUMBER: _builtins.int
     POLICY_ID_FIELD_NUMBER: _builtins.int
     POLICY_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    REVISIONS_FIELD_NUMBER: _builtins.int
+    ALIASES_FIELD_NUMBER: _builtins.int
     parent: _builtins.str
     """tenants/{tenant}"""
     policy_id: _builtins.str
@@ -211,6 +242,18 @@ class CreatePolicyRequest(_message.Message):
     def policy(self) -> Global___Policy:
         """base_model is required."""
 
+    @_builtins.property
+    def revisions(self) -> _containers.RepeatedCompositeFieldContainer[_revision_service_pb2.Revision]:
+        """Adapters that exist already, published with the policy as revisions 1, 2, … in this order, in the same
+        transaction; at most 16. Taken: blob, base_digest (empty means the base's), lora (absent means the policy's),
+        num_tensors, layout and lineage. Each blob must be VERIFIED. Where the name was used before, the numbers go on
+        after the former policy's.
+        """
+
+    @_builtins.property
+    def aliases(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Aliases to make in the same transaction: alias id to a revision's position in revisions, from 1; at most 16."""
+
     def __init__(
         self,
         *,
@@ -218,10 +261,12 @@ class CreatePolicyRequest(_message.Message):
         policy_id: _builtins.str = ...,
         policy: Global___Policy | None = ...,
         request_id: _builtins.str = ...,
+        revisions: _abc.Iterable[_revision_service_pb2.Revision] | None = ...,
+        aliases: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["parent", b"parent", "policy", b"policy", "policy_id", b"policy_id", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "parent", b"parent", "policy", b"policy", "policy_id", b"policy_id", "request_id", b"request_id", "revisions", b"revisions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -488,17 +533,18 @@ class ListPoliciesRequest(_message.Message):
     ORDER_BY_FIELD_NUMBER: _builtins.int
     CONSISTENCY_FIELD_NUMBER: _builtins.int
     parent: _builtins.str
-    """tenants/{tenant}"""
+    """tenants/{tenant}, or ("tenants/-") all tenants, in the store's order only"""
     page_size: _builtins.int
     """At most this many; 0 means 50, more than 1000 is clamped."""
     page_token: _builtins.str
     """From the previous page."""
     filter: _builtins.str
-    """Conditions joined by AND on base_model, labels.KEY, owner and state, for example
-    `labels.team = "search" AND state = ACTIVE`; without one on state, deleted policies are left out.
+    """Conditions joined by AND on tenant, base_model, labels.KEY, owner, state and alias (policies that have one of this
+    id), for example `labels.team = "search" AND state = ACTIVE AND alias = "canary"`; without one on state, deleted
+    policies are left out.
     """
     order_by: _builtins.str
-    """Ordering; empty means the store's own."""
+    """"name" sorts by policy id; empty means the store's own order, which is cheaper."""
     @_builtins.property
     def consistency(self) -> _common_pb2.Consistency:
         """How fresh the first page must be."""
@@ -588,7 +634,7 @@ class WatchPoliciesResponse(_message.Message):
     TYPE_FIELD_NUMBER: _builtins.int
     POLICY_FIELD_NUMBER: _builtins.int
     CATALOG_REVISION_FIELD_NUMBER: _builtins.int
-    type: Global___WatchEventType.ValueType
+    type: _common_pb2.WatchEventType.ValueType
     """What happened."""
     catalog_revision: _builtins.int
     """Revision of the event; every event of a revision is delivered before the next revision's."""
@@ -599,7 +645,7 @@ class WatchPoliciesResponse(_message.Message):
     def __init__(
         self,
         *,
-        type: Global___WatchEventType.ValueType = ...,
+        type: _common_pb2.WatchEventType.ValueType = ...,
         policy: Global___Policy | None = ...,
         catalog_revision: _builtins.int = ...,
     ) -> None: ...

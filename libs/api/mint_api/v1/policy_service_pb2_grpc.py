@@ -90,10 +90,13 @@ class PolicyServiceServicer:
         """Creates a policy.
 
         Errors:
-        * INVALID_ARGUMENT / INVALID_FIELD: bad name, label, LoRA hyper-parameter or request id.
+        * INVALID_ARGUMENT / INVALID_FIELD: bad name, label, LoRA hyper-parameter, revision, alias or request id.
         * NOT_FOUND / RESOURCE_NOT_FOUND: unknown base model.
         * ALREADY_EXISTS / RESOURCE_EXISTS: the name is taken.
         * ALREADY_EXISTS / REQUEST_ID_REUSED: the request id was used with another payload.
+        * FAILED_PRECONDITION / BLOB_MISSING: the blob of a revision is absent or not verified.
+        * FAILED_PRECONDITION / BASE_MODEL_MISMATCH: a revision fits another base.
+        * RESOURCE_EXHAUSTED / LIMIT_EXCEEDED: more revisions than the quota allows.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -112,13 +115,15 @@ class PolicyServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def UpdatePolicy(self, request, context):
-        """Changes the fields named by update_mask: labels, owner, description, lora (before the first revision).
+        """Changes the fields named by update_mask: labels, owner, description, quota, state (ACTIVE or PAUSED), lora (before
+        the first revision).
 
         Errors:
         * INVALID_ARGUMENT / INVALID_FIELD: bad field or an immutable one in the mask.
         * NOT_FOUND / RESOURCE_NOT_FOUND: no such policy.
         * ABORTED / ETAG_MISMATCH: changed since it was read.
         * FAILED_PRECONDITION / WRONG_STATE: lora changes after the first training state or revision.
+        * ALREADY_EXISTS / REQUEST_ID_REUSED: the request id was used with another payload.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -141,6 +146,7 @@ class PolicyServiceServicer:
         Errors:
         * NOT_FOUND / RESOURCE_NOT_FOUND: no such policy, or the grace period is over.
         * FAILED_PRECONDITION / WRONG_STATE: it is not deleted.
+        * ALREADY_EXISTS / REQUEST_ID_REUSED: the request id was used with another payload.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -168,7 +174,8 @@ class PolicyServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def BatchCreatePolicies(self, request, context):
-        """Creates up to 1000 policies; not atomic, one status per item.
+        """Creates up to 1000 policies; not atomic, one status per item. An item's own request_id makes its retry safe. An
+        item whose status is UNAVAILABLE or DEADLINE_EXCEEDED may have been created.
 
         Errors:
         * INVALID_ARGUMENT / INVALID_FIELD: no item or too many.
@@ -178,10 +185,12 @@ class PolicyServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ImportPolicies(self, request_iterator, context):
-        """Creates any number of policies from a stream, acknowledging each message.
+        """Creates any number of policies from a stream, acknowledging each message after its writes are durable. Answers may
+        come in another order than the messages; several are worked on at once.
 
         Errors:
-        * Per item, as in BatchCreatePolicies.
+        * Per item, as in BatchCreatePolicies; a message that is wrong as a whole answers so for each of its items.
+        * UNAVAILABLE: the catalog is stopping; messages without an answer may have been worked on.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -37,10 +37,13 @@ class PolicyServiceStub:
     """Creates a policy.
 
     Errors:
-    * INVALID_ARGUMENT / INVALID_FIELD: bad name, label, LoRA hyper-parameter or request id.
+    * INVALID_ARGUMENT / INVALID_FIELD: bad name, label, LoRA hyper-parameter, revision, alias or request id.
     * NOT_FOUND / RESOURCE_NOT_FOUND: unknown base model.
     * ALREADY_EXISTS / RESOURCE_EXISTS: the name is taken.
     * ALREADY_EXISTS / REQUEST_ID_REUSED: the request id was used with another payload.
+    * FAILED_PRECONDITION / BLOB_MISSING: the blob of a revision is absent or not verified.
+    * FAILED_PRECONDITION / BASE_MODEL_MISMATCH: a revision fits another base.
+    * RESOURCE_EXHAUSTED / LIMIT_EXCEEDED: more revisions than the quota allows.
     """
     GetPolicy: _grpc.UnaryUnaryMultiCallable[_policy_service_pb2.GetPolicyRequest, _policy_service_pb2.GetPolicyResponse]
     """Reads one policy.
@@ -51,13 +54,15 @@ class PolicyServiceStub:
     * UNAVAILABLE: STRONG was asked for and the store is away.
     """
     UpdatePolicy: _grpc.UnaryUnaryMultiCallable[_policy_service_pb2.UpdatePolicyRequest, _policy_service_pb2.UpdatePolicyResponse]
-    """Changes the fields named by update_mask: labels, owner, description, lora (before the first revision).
+    """Changes the fields named by update_mask: labels, owner, description, quota, state (ACTIVE or PAUSED), lora (before
+    the first revision).
 
     Errors:
     * INVALID_ARGUMENT / INVALID_FIELD: bad field or an immutable one in the mask.
     * NOT_FOUND / RESOURCE_NOT_FOUND: no such policy.
     * ABORTED / ETAG_MISMATCH: changed since it was read.
     * FAILED_PRECONDITION / WRONG_STATE: lora changes after the first training state or revision.
+    * ALREADY_EXISTS / REQUEST_ID_REUSED: the request id was used with another payload.
     """
     DeletePolicy: _grpc.UnaryUnaryMultiCallable[_policy_service_pb2.DeletePolicyRequest, _policy_service_pb2.DeletePolicyResponse]
     """Deletes a policy; its name resolves to NOT_FOUND at once.
@@ -72,6 +77,7 @@ class PolicyServiceStub:
     Errors:
     * NOT_FOUND / RESOURCE_NOT_FOUND: no such policy, or the grace period is over.
     * FAILED_PRECONDITION / WRONG_STATE: it is not deleted.
+    * ALREADY_EXISTS / REQUEST_ID_REUSED: the request id was used with another payload.
     """
     ListPolicies: _grpc.UnaryUnaryMultiCallable[_policy_service_pb2.ListPoliciesRequest, _policy_service_pb2.ListPoliciesResponse]
     """Lists a tenant's policies at one catalog revision; pages of one listing are consistent with each other.
@@ -87,16 +93,19 @@ class PolicyServiceStub:
     * OUT_OF_RANGE / REVISION_COMPACTED: the start revision is gone; list again.
     """
     BatchCreatePolicies: _grpc.UnaryUnaryMultiCallable[_policy_service_pb2.BatchCreatePoliciesRequest, _policy_service_pb2.BatchCreatePoliciesResponse]
-    """Creates up to 1000 policies; not atomic, one status per item.
+    """Creates up to 1000 policies; not atomic, one status per item. An item's own request_id makes its retry safe. An
+    item whose status is UNAVAILABLE or DEADLINE_EXCEEDED may have been created.
 
     Errors:
     * INVALID_ARGUMENT / INVALID_FIELD: no item or too many.
     """
     ImportPolicies: _grpc.StreamStreamMultiCallable[_policy_service_pb2.ImportPoliciesRequest, _policy_service_pb2.ImportPoliciesResponse]
-    """Creates any number of policies from a stream, acknowledging each message.
+    """Creates any number of policies from a stream, acknowledging each message after its writes are durable. Answers may
+    come in another order than the messages; several are worked on at once.
 
     Errors:
-    * Per item, as in BatchCreatePolicies.
+    * Per item, as in BatchCreatePolicies; a message that is wrong as a whole answers so for each of its items.
+    * UNAVAILABLE: the catalog is stopping; messages without an answer may have been worked on.
     """
 
 @_typing.type_check_only
@@ -108,10 +117,13 @@ class PolicyServiceAsyncStub(PolicyServiceStub):
     """Creates a policy.
 
     Errors:
-    * INVALID_ARGUMENT / INVALID_FIELD: bad name, label, LoRA hyper-parameter or request id.
+    * INVALID_ARGUMENT / INVALID_FIELD: bad name, label, LoRA hyper-parameter, revision, alias or request id.
     * NOT_FOUND / RESOURCE_NOT_FOUND: unknown base model.
     * ALREADY_EXISTS / RESOURCE_EXISTS: the name is taken.
     * ALREADY_EXISTS / REQUEST_ID_REUSED: the request id was used with another payload.
+    * FAILED_PRECONDITION / BLOB_MISSING: the blob of a revision is absent or not verified.
+    * FAILED_PRECONDITION / BASE_MODEL_MISMATCH: a revision fits another base.
+    * RESOURCE_EXHAUSTED / LIMIT_EXCEEDED: more revisions than the quota allows.
     """
     GetPolicy: _aio.UnaryUnaryMultiCallable[_policy_service_pb2.GetPolicyRequest, _policy_service_pb2.GetPolicyResponse]  # type: ignore[assignment]
     """Reads one policy.
@@ -122,13 +134,15 @@ class PolicyServiceAsyncStub(PolicyServiceStub):
     * UNAVAILABLE: STRONG was asked for and the store is away.
     """
     UpdatePolicy: _aio.UnaryUnaryMultiCallable[_policy_service_pb2.UpdatePolicyRequest, _policy_service_pb2.UpdatePolicyResponse]  # type: ignore[assignment]
-    """Changes the fields named by update_mask: labels, owner, description, lora (before the first revision).
+    """Changes the fields named by update_mask: labels, owner, description, quota, state (ACTIVE or PAUSED), lora (before
+    the first revision).
 
     Errors:
     * INVALID_ARGUMENT / INVALID_FIELD: bad field or an immutable one in the mask.
     * NOT_FOUND / RESOURCE_NOT_FOUND: no such policy.
     * ABORTED / ETAG_MISMATCH: changed since it was read.
     * FAILED_PRECONDITION / WRONG_STATE: lora changes after the first training state or revision.
+    * ALREADY_EXISTS / REQUEST_ID_REUSED: the request id was used with another payload.
     """
     DeletePolicy: _aio.UnaryUnaryMultiCallable[_policy_service_pb2.DeletePolicyRequest, _policy_service_pb2.DeletePolicyResponse]  # type: ignore[assignment]
     """Deletes a policy; its name resolves to NOT_FOUND at once.
@@ -143,6 +157,7 @@ class PolicyServiceAsyncStub(PolicyServiceStub):
     Errors:
     * NOT_FOUND / RESOURCE_NOT_FOUND: no such policy, or the grace period is over.
     * FAILED_PRECONDITION / WRONG_STATE: it is not deleted.
+    * ALREADY_EXISTS / REQUEST_ID_REUSED: the request id was used with another payload.
     """
     ListPolicies: _aio.UnaryUnaryMultiCallable[_policy_service_pb2.ListPoliciesRequest, _policy_service_pb2.ListPoliciesResponse]  # type: ignore[assignment]
     """Lists a tenant's policies at one catalog revision; pages of one listing are consistent with each other.
@@ -158,16 +173,19 @@ class PolicyServiceAsyncStub(PolicyServiceStub):
     * OUT_OF_RANGE / REVISION_COMPACTED: the start revision is gone; list again.
     """
     BatchCreatePolicies: _aio.UnaryUnaryMultiCallable[_policy_service_pb2.BatchCreatePoliciesRequest, _policy_service_pb2.BatchCreatePoliciesResponse]  # type: ignore[assignment]
-    """Creates up to 1000 policies; not atomic, one status per item.
+    """Creates up to 1000 policies; not atomic, one status per item. An item's own request_id makes its retry safe. An
+    item whose status is UNAVAILABLE or DEADLINE_EXCEEDED may have been created.
 
     Errors:
     * INVALID_ARGUMENT / INVALID_FIELD: no item or too many.
     """
     ImportPolicies: _aio.StreamStreamMultiCallable[_policy_service_pb2.ImportPoliciesRequest, _policy_service_pb2.ImportPoliciesResponse]  # type: ignore[assignment]
-    """Creates any number of policies from a stream, acknowledging each message.
+    """Creates any number of policies from a stream, acknowledging each message after its writes are durable. Answers may
+    come in another order than the messages; several are worked on at once.
 
     Errors:
-    * Per item, as in BatchCreatePolicies.
+    * Per item, as in BatchCreatePolicies; a message that is wrong as a whole answers so for each of its items.
+    * UNAVAILABLE: the catalog is stopping; messages without an answer may have been worked on.
     """
 
 class PolicyServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -182,10 +200,13 @@ class PolicyServiceServicer(metaclass=_abc_1.ABCMeta):
         """Creates a policy.
 
         Errors:
-        * INVALID_ARGUMENT / INVALID_FIELD: bad name, label, LoRA hyper-parameter or request id.
+        * INVALID_ARGUMENT / INVALID_FIELD: bad name, label, LoRA hyper-parameter, revision, alias or request id.
         * NOT_FOUND / RESOURCE_NOT_FOUND: unknown base model.
         * ALREADY_EXISTS / RESOURCE_EXISTS: the name is taken.
         * ALREADY_EXISTS / REQUEST_ID_REUSED: the request id was used with another payload.
+        * FAILED_PRECONDITION / BLOB_MISSING: the blob of a revision is absent or not verified.
+        * FAILED_PRECONDITION / BASE_MODEL_MISMATCH: a revision fits another base.
+        * RESOURCE_EXHAUSTED / LIMIT_EXCEEDED: more revisions than the quota allows.
         """
 
     @_abc_1.abstractmethod
@@ -208,13 +229,15 @@ class PolicyServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _policy_service_pb2.UpdatePolicyRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_policy_service_pb2.UpdatePolicyResponse, _abc.Awaitable[_policy_service_pb2.UpdatePolicyResponse]]:
-        """Changes the fields named by update_mask: labels, owner, description, lora (before the first revision).
+        """Changes the fields named by update_mask: labels, owner, description, quota, state (ACTIVE or PAUSED), lora (before
+        the first revision).
 
         Errors:
         * INVALID_ARGUMENT / INVALID_FIELD: bad field or an immutable one in the mask.
         * NOT_FOUND / RESOURCE_NOT_FOUND: no such policy.
         * ABORTED / ETAG_MISMATCH: changed since it was read.
         * FAILED_PRECONDITION / WRONG_STATE: lora changes after the first training state or revision.
+        * ALREADY_EXISTS / REQUEST_ID_REUSED: the request id was used with another payload.
         """
 
     @_abc_1.abstractmethod
@@ -241,6 +264,7 @@ class PolicyServiceServicer(metaclass=_abc_1.ABCMeta):
         Errors:
         * NOT_FOUND / RESOURCE_NOT_FOUND: no such policy, or the grace period is over.
         * FAILED_PRECONDITION / WRONG_STATE: it is not deleted.
+        * ALREADY_EXISTS / REQUEST_ID_REUSED: the request id was used with another payload.
         """
 
     @_abc_1.abstractmethod
@@ -274,7 +298,8 @@ class PolicyServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _policy_service_pb2.BatchCreatePoliciesRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_policy_service_pb2.BatchCreatePoliciesResponse, _abc.Awaitable[_policy_service_pb2.BatchCreatePoliciesResponse]]:
-        """Creates up to 1000 policies; not atomic, one status per item.
+        """Creates up to 1000 policies; not atomic, one status per item. An item's own request_id makes its retry safe. An
+        item whose status is UNAVAILABLE or DEADLINE_EXCEEDED may have been created.
 
         Errors:
         * INVALID_ARGUMENT / INVALID_FIELD: no item or too many.
@@ -286,10 +311,12 @@ class PolicyServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_policy_service_pb2.ImportPoliciesRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_policy_service_pb2.ImportPoliciesResponse], _abc.AsyncIterator[_policy_service_pb2.ImportPoliciesResponse]]:
-        """Creates any number of policies from a stream, acknowledging each message.
+        """Creates any number of policies from a stream, acknowledging each message after its writes are durable. Answers may
+        come in another order than the messages; several are worked on at once.
 
         Errors:
-        * Per item, as in BatchCreatePolicies.
+        * Per item, as in BatchCreatePolicies; a message that is wrong as a whole answers so for each of its items.
+        * UNAVAILABLE: the catalog is stopping; messages without an answer may have been worked on.
         """
 
 def add_PolicyServiceServicer_to_server(servicer: PolicyServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -10,7 +10,6 @@ from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from mint_api.v1 import common_pb2 as _common_pb2
-from mint_api.v1 import policy_service_pb2 as _policy_service_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -425,7 +424,7 @@ class WatchRevisionsResponse(_message.Message):
     TYPE_FIELD_NUMBER: _builtins.int
     REVISION_FIELD_NUMBER: _builtins.int
     CATALOG_REVISION_FIELD_NUMBER: _builtins.int
-    type: _policy_service_pb2.WatchEventType.ValueType
+    type: _common_pb2.WatchEventType.ValueType
     """What happened."""
     catalog_revision: _builtins.int
     """Revision of the catalog of the event."""
@@ -436,7 +435,7 @@ class WatchRevisionsResponse(_message.Message):
     def __init__(
         self,
         *,
-        type: _policy_service_pb2.WatchEventType.ValueType = ...,
+        type: _common_pb2.WatchEventType.ValueType = ...,
         revision: Global___Revision | None = ...,
         catalog_revision: _builtins.int = ...,
     ) -> None: ...

@@ -695,6 +695,9 @@ class Run(_message.Message):
     ETAG_FIELD_NUMBER: _builtins.int
     POLICY_UID_FIELD_NUMBER: _builtins.int
     FINISHED_FENCE_FIELD_NUMBER: _builtins.int
+    DEAD_LETTER_FIELD_NUMBER: _builtins.int
+    NOT_BEFORE_TIME_FIELD_NUMBER: _builtins.int
+    NUM_FAILURES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """tenants/{tenant}/runs/{run}"""
     policy: _builtins.str
@@ -706,9 +709,11 @@ class Run(_message.Message):
     it set: it publishes the state of every step.
     """
     promote_alias: _builtins.str
-    """Alias to promote to the published revision; empty means none."""
+    """Alias to promote to the published revision; empty means none. One whose gate is not met stays where it is, and an
+    event of the run says why.
+    """
     priority: _builtins.int
-    """Larger runs first; equal ones in order of creation."""
+    """Larger runs first. Among equal ones the tenant with the fewest running goes first, and of its runs the oldest."""
     state: Global___RunState.ValueType
     """Output only."""
     num_attempts: _builtins.int
@@ -725,6 +730,12 @@ class Run(_message.Message):
     """Output only. uid of the policy; a run does not outlive it."""
     finished_fence: _builtins.int
     """Output only. Fence of the claim that was last finished; a repeated FinishRun is known by it."""
+    dead_letter: _builtins.bool
+    """Output only. Failed for good after all its attempts: it waits for somebody to look at it and to call RetryRun."""
+    num_failures: _builtins.int
+    """Output only. Attempts that failed, or whose worker was lost, since the run was created or last retried; an attempt
+    that a worker gave back is none of them.
+    """
     @_builtins.property
     def sft(self) -> Global___SftRecipe:
         """Supervised fine-tuning."""
@@ -765,6 +776,10 @@ class Run(_message.Message):
     def end_time(self) -> _timestamp_pb2.Timestamp:
         """Output only."""
 
+    @_builtins.property
+    def not_before_time(self) -> _timestamp_pb2.Timestamp:
+        """Output only. Not claimed before this time: the pause after a failed attempt doubles with each."""
+
     def __init__(
         self,
         *,
@@ -792,10 +807,13 @@ class Run(_message.Message):
         etag: _builtins.str = ...,
         policy_uid: _builtins.str = ...,
         finished_fence: _builtins.int = ...,
+        dead_letter: _builtins.bool = ...,
+        not_before_time: _timestamp_pb2.Timestamp | None = ...,
+        num_failures: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "dpo", b"dpo", "end_time", b"end_time", "evaluation", b"evaluation", "grpo", b"grpo", "initial_training_state", b"initial_training_state", "latest_training_state", b"latest_training_state", "progress", b"progress", "recipe", b"recipe", "sft", b"sft"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "dpo", b"dpo", "end_time", b"end_time", "evaluation", b"evaluation", "grpo", b"grpo", "initial_training_state", b"initial_training_state", "latest_training_state", b"latest_training_state", "not_before_time", b"not_before_time", "progress", b"progress", "recipe", b"recipe", "sft", b"sft"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["continue_from_latest", b"continue_from_latest", "create_time", b"create_time", "dpo", b"dpo", "end_time", b"end_time", "error", b"error", "etag", b"etag", "evaluation", b"evaluation", "events", b"events", "finished_fence", b"finished_fence", "grpo", b"grpo", "initial_training_state", b"initial_training_state", "latest_training_state", b"latest_training_state", "name", b"name", "num_attempts", b"num_attempts", "policy", b"policy", "policy_uid", b"policy_uid", "priority", b"priority", "progress", b"progress", "promote_alias", b"promote_alias", "publish", b"publish", "published_revision", b"published_revision", "recipe", b"recipe", "sft", b"sft", "state", b"state", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["continue_from_latest", b"continue_from_latest", "create_time", b"create_time", "dead_letter", b"dead_letter", "dpo", b"dpo", "end_time", b"end_time", "error", b"error", "etag", b"etag", "evaluation", b"evaluation", "events", b"events", "finished_fence", b"finished_fence", "grpo", b"grpo", "initial_training_state", b"initial_training_state", "latest_training_state", b"latest_training_state", "name", b"name", "not_before_time", b"not_before_time", "num_attempts", b"num_attempts", "num_failures", b"num_failures", "policy", b"policy", "policy_uid", b"policy_uid", "priority", b"priority", "progress", b"progress", "promote_alias", b"promote_alias", "publish", b"publish", "published_revision", b"published_revision", "recipe", b"recipe", "sft", b"sft", "state", b"state", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_recipe: _TypeAlias = _typing.Literal["sft", "grpo", "dpo", "evaluation"]  # noqa: Y015
     _WhichOneofArgType_recipe: _TypeAlias = _typing.Literal["recipe", b"recipe"]  # noqa: Y015
@@ -923,6 +941,8 @@ class ListRunsRequest(_message.Message):
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     POLICY_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    DEAD_LETTER_FIELD_NUMBER: _builtins.int
     parent: _builtins.str
     """tenants/{tenant}"""
     page_size: _builtins.int
@@ -931,6 +951,10 @@ class ListRunsRequest(_message.Message):
     """From the previous page."""
     policy: _builtins.str
     """Only runs of this policy (a policy name); empty means all."""
+    state: Global___RunState.ValueType
+    """Only runs in this state; UNSPECIFIED means all."""
+    dead_letter: _builtins.bool
+    """Only runs that have failed for good."""
     def __init__(
         self,
         *,
@@ -938,10 +962,12 @@ class ListRunsRequest(_message.Message):
         page_size: _builtins.int = ...,
         page_token: _builtins.str = ...,
         policy: _builtins.str = ...,
+        state: Global___RunState.ValueType = ...,
+        dead_letter: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token", "parent", b"parent", "policy", b"policy"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dead_letter", b"dead_letter", "page_size", b"page_size", "page_token", b"page_token", "parent", b"parent", "policy", b"policy", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1128,3 +1154,57 @@ class CancelRunResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CancelRunResponse: _TypeAlias = CancelRunResponse  # noqa: Y015
+
+@_typing.final
+class RetryRunRequest(_message.Message):
+    """Request of RetryRun."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """tenants/{tenant}/runs/{run}"""
+    reason: _builtins.str
+    """Why, kept in the run's events."""
+    request_id: _builtins.str
+    """UUID4 that makes a retry safe; optional."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        reason: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "reason", b"reason", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RetryRunRequest: _TypeAlias = RetryRunRequest  # noqa: Y015
+
+@_typing.final
+class RetryRunResponse(_message.Message):
+    """Response of RetryRun."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def run(self) -> Global___Run:
+        """As stored."""
+
+    def __init__(
+        self,
+        *,
+        run: Global___Run | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["run", b"run"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["run", b"run"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RetryRunResponse: _TypeAlias = RetryRunResponse  # noqa: Y015

@@ -65,6 +65,11 @@ class RunServiceStub:
                 request_serializer=mint_dot_v1_dot_run__service__pb2.CancelRunRequest.SerializeToString,
                 response_deserializer=mint_dot_v1_dot_run__service__pb2.CancelRunResponse.FromString,
                 _registered_method=True)
+        self.RetryRun = channel.unary_unary(
+                '/mint.v1.RunService/RetryRun',
+                request_serializer=mint_dot_v1_dot_run__service__pb2.RetryRunRequest.SerializeToString,
+                response_deserializer=mint_dot_v1_dot_run__service__pb2.RetryRunResponse.FromString,
+                _registered_method=True)
 
 
 class RunServiceServicer:
@@ -81,6 +86,7 @@ class RunServiceServicer:
         * ALREADY_EXISTS / REQUEST_ID_REUSED: the request id was used with another payload.
         * FAILED_PRECONDITION / BLOB_MISSING: a data blob is absent or not verified.
         * FAILED_PRECONDITION / WRONG_STATE: the policy is not ACTIVE.
+        * RESOURCE_EXHAUSTED / LIMIT_EXCEEDED: as many open runs as the policy's quota allows.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -140,6 +146,21 @@ class RunServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RetryRun(self, request, context):
+        """Puts a run that has failed back into the queue with its failures counted anew. It goes on from the newest state it
+        saved, as every attempt does.
+
+        Errors:
+        * NOT_FOUND / RESOURCE_NOT_FOUND: no such run, or its policy was deleted.
+        * FAILED_PRECONDITION / BLOB_MISSING: its data is gone.
+        * FAILED_PRECONDITION / WRONG_STATE: it has not FAILED, or the policy is not ACTIVE.
+        * RESOURCE_EXHAUSTED / LIMIT_EXCEEDED: as many open runs as the policy's quota allows.
+        * ALREADY_EXISTS / REQUEST_ID_REUSED: the request id was used with another payload.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_RunServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -172,6 +193,11 @@ def add_RunServiceServicer_to_server(servicer, server):
                     servicer.CancelRun,
                     request_deserializer=mint_dot_v1_dot_run__service__pb2.CancelRunRequest.FromString,
                     response_serializer=mint_dot_v1_dot_run__service__pb2.CancelRunResponse.SerializeToString,
+            ),
+            'RetryRun': grpc.unary_unary_rpc_method_handler(
+                    servicer.RetryRun,
+                    request_deserializer=mint_dot_v1_dot_run__service__pb2.RetryRunRequest.FromString,
+                    response_serializer=mint_dot_v1_dot_run__service__pb2.RetryRunResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -337,6 +363,33 @@ class RunService:
             '/mint.v1.RunService/CancelRun',
             mint_dot_v1_dot_run__service__pb2.CancelRunRequest.SerializeToString,
             mint_dot_v1_dot_run__service__pb2.CancelRunResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RetryRun(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mint.v1.RunService/RetryRun',
+            mint_dot_v1_dot_run__service__pb2.RetryRunRequest.SerializeToString,
+            mint_dot_v1_dot_run__service__pb2.RetryRunResponse.FromString,
             options,
             channel_credentials,
             insecure,

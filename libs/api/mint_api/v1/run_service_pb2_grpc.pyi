@@ -43,6 +43,7 @@ class RunServiceStub:
     * ALREADY_EXISTS / REQUEST_ID_REUSED: the request id was used with another payload.
     * FAILED_PRECONDITION / BLOB_MISSING: a data blob is absent or not verified.
     * FAILED_PRECONDITION / WRONG_STATE: the policy is not ACTIVE.
+    * RESOURCE_EXHAUSTED / LIMIT_EXCEEDED: as many open runs as the policy's quota allows.
     """
     GetRun: _grpc.UnaryUnaryMultiCallable[_run_service_pb2.GetRunRequest, _run_service_pb2.GetRunResponse]
     """Reads one run.
@@ -78,6 +79,17 @@ class RunServiceStub:
     * NOT_FOUND / RESOURCE_NOT_FOUND: no such run.
     * FAILED_PRECONDITION / WRONG_STATE: it has ended.
     """
+    RetryRun: _grpc.UnaryUnaryMultiCallable[_run_service_pb2.RetryRunRequest, _run_service_pb2.RetryRunResponse]
+    """Puts a run that has failed back into the queue with its failures counted anew. It goes on from the newest state it
+    saved, as every attempt does.
+
+    Errors:
+    * NOT_FOUND / RESOURCE_NOT_FOUND: no such run, or its policy was deleted.
+    * FAILED_PRECONDITION / BLOB_MISSING: its data is gone.
+    * FAILED_PRECONDITION / WRONG_STATE: it has not FAILED, or the policy is not ACTIVE.
+    * RESOURCE_EXHAUSTED / LIMIT_EXCEEDED: as many open runs as the policy's quota allows.
+    * ALREADY_EXISTS / REQUEST_ID_REUSED: the request id was used with another payload.
+    """
 
 @_typing.type_check_only
 class RunServiceAsyncStub(RunServiceStub):
@@ -94,6 +106,7 @@ class RunServiceAsyncStub(RunServiceStub):
     * ALREADY_EXISTS / REQUEST_ID_REUSED: the request id was used with another payload.
     * FAILED_PRECONDITION / BLOB_MISSING: a data blob is absent or not verified.
     * FAILED_PRECONDITION / WRONG_STATE: the policy is not ACTIVE.
+    * RESOURCE_EXHAUSTED / LIMIT_EXCEEDED: as many open runs as the policy's quota allows.
     """
     GetRun: _aio.UnaryUnaryMultiCallable[_run_service_pb2.GetRunRequest, _run_service_pb2.GetRunResponse]  # type: ignore[assignment]
     """Reads one run.
@@ -129,6 +142,17 @@ class RunServiceAsyncStub(RunServiceStub):
     * NOT_FOUND / RESOURCE_NOT_FOUND: no such run.
     * FAILED_PRECONDITION / WRONG_STATE: it has ended.
     """
+    RetryRun: _aio.UnaryUnaryMultiCallable[_run_service_pb2.RetryRunRequest, _run_service_pb2.RetryRunResponse]  # type: ignore[assignment]
+    """Puts a run that has failed back into the queue with its failures counted anew. It goes on from the newest state it
+    saved, as every attempt does.
+
+    Errors:
+    * NOT_FOUND / RESOURCE_NOT_FOUND: no such run, or its policy was deleted.
+    * FAILED_PRECONDITION / BLOB_MISSING: its data is gone.
+    * FAILED_PRECONDITION / WRONG_STATE: it has not FAILED, or the policy is not ACTIVE.
+    * RESOURCE_EXHAUSTED / LIMIT_EXCEEDED: as many open runs as the policy's quota allows.
+    * ALREADY_EXISTS / REQUEST_ID_REUSED: the request id was used with another payload.
+    """
 
 class RunServiceServicer(metaclass=_abc_1.ABCMeta):
     """Training and evaluation runs. Served by catalog; the work is done by runs workers."""
@@ -148,6 +172,7 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
         * ALREADY_EXISTS / REQUEST_ID_REUSED: the request id was used with another payload.
         * FAILED_PRECONDITION / BLOB_MISSING: a data blob is absent or not verified.
         * FAILED_PRECONDITION / WRONG_STATE: the policy is not ACTIVE.
+        * RESOURCE_EXHAUSTED / LIMIT_EXCEEDED: as many open runs as the policy's quota allows.
         """
 
     @_abc_1.abstractmethod
@@ -212,6 +237,23 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
         Errors:
         * NOT_FOUND / RESOURCE_NOT_FOUND: no such run.
         * FAILED_PRECONDITION / WRONG_STATE: it has ended.
+        """
+
+    @_abc_1.abstractmethod
+    def RetryRun(
+        self,
+        request: _run_service_pb2.RetryRunRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_run_service_pb2.RetryRunResponse, _abc.Awaitable[_run_service_pb2.RetryRunResponse]]:
+        """Puts a run that has failed back into the queue with its failures counted anew. It goes on from the newest state it
+        saved, as every attempt does.
+
+        Errors:
+        * NOT_FOUND / RESOURCE_NOT_FOUND: no such run, or its policy was deleted.
+        * FAILED_PRECONDITION / BLOB_MISSING: its data is gone.
+        * FAILED_PRECONDITION / WRONG_STATE: it has not FAILED, or the policy is not ACTIVE.
+        * RESOURCE_EXHAUSTED / LIMIT_EXCEEDED: as many open runs as the policy's quota allows.
+        * ALREADY_EXISTS / REQUEST_ID_REUSED: the request id was used with another payload.
         """
 
 def add_RunServiceServicer_to_server(servicer: RunServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -15,6 +15,9 @@ from mint_cli.options import (
     CatalogOption,
     ExporterOption,
     JsonOption,
+    MaxNewTokensOption,
+    PolicyArgument,
+    PriorityOption,
     RunIdOption,
     ScorerNameOption,
     ScorerOptionsOption,
@@ -60,10 +63,11 @@ def run(
     scorer_option: ScorerOptionsOption = None,
     scorer_timeout_s: ScorerTimeoutOption = 0.0,
     policy: Annotated[str, typer.Option(help="tenant/policy that keeps the evaluation of a base model.")] = "",
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest completion in tokens.")] = 128,
+    max_new_tokens: MaxNewTokensOption = 128,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
     stop: StopOption = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the samples.")] = 0,
+    priority: PriorityOption = 0,
     run_id: RunIdOption = "",
     watch: WatchOption = False,
     catalog: CatalogOption = "",
@@ -90,7 +94,7 @@ def run(
     async def call() -> tuple[run_service_pb2.Run, evaluation_service_pb2.Evaluation | None]:
         async with MintClient(endpoints) as client:
             recipe.revision = (await client.aliases.resolve(model)).revision if "/aliases/" in model else model
-            wanted = run_service_pb2.Run(policy=str(name), evaluation=recipe)
+            wanted = run_service_pb2.Run(policy=str(name), evaluation=recipe, priority=priority)
             files = [(wanted.evaluation.data, data_file)]
             done = await queue_run(client, name.tenant, wanted, files=files, run_id=run_id, watch=watch)
             return done, await evaluation_of(client, done)
@@ -106,7 +110,7 @@ def run(
 
 @app.command(name="list")
 def list_(
-    policy: Annotated[str, typer.Argument(help="tenant/policy")],
+    policy: PolicyArgument,
     catalog: CatalogOption = "",
     state_path: StateDirOption = None,
     json_output: JsonOption = False,

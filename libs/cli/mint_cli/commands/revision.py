@@ -11,7 +11,7 @@ from mint_api.v1 import revision_service_pb2
 from mint_cli.endpoints import find_endpoints, state_dir
 from mint_cli.options import CatalogOption, JsonOption, StateDirOption
 from mint_cli.output import print_json, print_table, to_plain
-from mint_cli.references import policy_name
+from mint_cli.references import policy_name, revision_name, short
 from mint_client import MintClient
 
 __all__ = ["app"]
@@ -61,3 +61,49 @@ def list_(
         for revision, document in zip(revisions, plain, strict=True)
     ]
     print_table(["NUMBER", "STATE", "ALIASES", "STEP", "RUN", "BYTES", "DIGEST"], rows)
+
+
+RevisionArgument = Annotated[str, typer.Argument(help="tenant/policy@NUMBER")]
+EtagOption = Annotated[str, typer.Option(help="Fail with ETAG_MISMATCH unless the revision still has it.")]
+
+
+@app.command()
+def retire(
+    revision: RevisionArgument,
+    etag: EtagOption = "",
+    catalog: CatalogOption = "",
+    state_path: StateDirOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Forbid new promotions of a revision; where an alias points at it, it goes on serving."""
+    name = str(revision_name(revision))
+    endpoints = find_endpoints(state_dir(state_path), catalog=catalog, needed=("catalog",))
+
+    async def call() -> revision_service_pb2.Revision:
+        async with MintClient(endpoints) as client:
+            return await client.revisions.retire(name, etag=etag)
+
+    retired = asyncio.run(call())
+    if json_output:
+        print_json(to_plain(retired))
+    else:
+        print(f"{short(name)} is RETIRED")
+
+
+@app.command()
+def delete(
+    revision: RevisionArgument,
+    etag: EtagOption = "",
+    catalog: CatalogOption = "",
+    state_path: StateDirOption = None,
+) -> None:
+    """Delete a retired revision that no alias points at or has in its history. Its number is not given again."""
+    name = str(revision_name(revision))
+    endpoints = find_endpoints(state_dir(state_path), catalog=catalog, needed=("catalog",))
+
+    async def call() -> None:
+        async with MintClient(endpoints) as client:
+            await client.revisions.delete(name, etag=etag)
+
+    asyncio.run(call())
+    print(f"{short(name)} is deleted")

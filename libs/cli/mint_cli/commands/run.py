@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -23,6 +24,18 @@ __all__ = ["app"]
 
 app = typer.Typer(no_args_is_help=True, help="Runs: training and evaluation, queued, running and ended.")
 
+
+class State(StrEnum):
+    """Choices of ``RunState``."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    CANCELLING = "cancelling"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
 RunArgument = Annotated[str, typer.Argument(help="tenant/run")]
 
 _MAX_COLUMNS = 100
@@ -33,11 +46,14 @@ _MAX_COLUMNS = 100
 def list_(
     tenant: Annotated[str, typer.Argument(help="The tenant; not needed with --policy.")] = "",
     policy: Annotated[str, typer.Option(help="Only runs of this policy, tenant/policy.")] = "",
+    state: Annotated[State | None, typer.Option(help="Only runs in this state.", show_default="any")] = None,
+    dead_letter: Annotated[bool, typer.Option("--dead-letter", help="Only runs that have failed for good.")] = False,
     catalog: CatalogOption = "",
     state_path: StateDirOption = None,
     json_output: JsonOption = False,
 ) -> None:
     """List a tenant's or a policy's runs."""
+    wanted = run_service_pb2.RunState.Value(f"RUN_STATE_{state.name if state else 'UNSPECIFIED'}")
     of_policy = policy_name(policy) if policy else None
     if of_policy is None and not tenant:
         raise InvalidArgument("whose runs? name a tenant, or a policy with --policy tenant/policy", field="tenant")
@@ -50,7 +66,8 @@ def list_(
 
     async def call() -> list[run_service_pb2.Run]:
         async with MintClient(endpoints) as client:
-            return [run async for run in client.runs.list(parent, policy=str(of_policy or ""))]
+            found = client.runs.list(parent, policy=str(of_policy or ""), state=wanted, dead_letter=dead_letter)
+            return [run async for run in found]
 
     runs = asyncio.run(call())
     if json_output:
@@ -118,6 +135,29 @@ def cancel(
 
 
 @app.command()
+def retry(
+    run: RunArgument,
+    reason: Annotated[str, typer.Option(help="Why, kept among the run's events.")] = "",
+    catalog: CatalogOption = "",
+    state_path: StateDirOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Queue a run that has failed again; it goes on from the newest state it saved."""
+    name = str(run_name(run))
+    endpoints = find_endpoints(state_dir(state_path), catalog=catalog, needed=("catalog",))
+
+    async def call() -> run_service_pb2.Run:
+        async with MintClient(endpoints) as client:
+            return await client.runs.retry(name, reason=reason)
+
+    retried = asyncio.run(call())
+    if json_output:
+        print_json(to_plain(retried))
+    else:
+        print(f"{short(retried.name)} is {state_text(retried)}")
+
+
+@app.command()
 def describe(
     run: RunArgument,
     catalog: CatalogOption = "",
@@ -148,6 +188,12 @@ def describe(
             ("figures", figures_text(found)),
             *_said(("published", short(found.published_revision)), ("promote", found.promote_alias)),
             ("attempts", found.num_attempts),
+            *_said(
+                ("priority", found.priority),
+                ("failures", found.num_failures),
+                ("dead letter", "yes" if found.dead_letter else ""),
+                ("waits until", plain.get("not_before_time")),
+            ),
             *_said(("worker", found.worker), ("created", plain.get("create_time")), ("ended", plain.get("end_time"))),
             *_said(*flatten({recipe: plain.get(recipe, {})})),
             *flatten({"metrics": plain.get("progress", {}).get("metrics", {})}),

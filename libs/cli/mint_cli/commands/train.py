@@ -14,15 +14,24 @@ from mint_api.v1 import common_pb2, run_service_pb2
 from mint_cli.endpoints import find_endpoints, state_dir
 from mint_cli.options import (
     CatalogOption,
+    ContinueOption,
     ExporterOption,
     JsonOption,
+    LearningRateOption,
+    MaxGradNormOption,
+    MaxNewTokensOption,
+    PolicyArgument,
+    PriorityOption,
+    PromoteOption,
     RunIdOption,
     ScorerNameOption,
     ScorerOptionsOption,
     ScorerTimeoutOption,
     StateDirOption,
     StopOption,
+    WarmupStepsOption,
     WatchOption,
+    WeightDecayOption,
     key_values,
 )
 from mint_cli.output import print_json, to_plain
@@ -35,16 +44,6 @@ from mint_core.names import PolicyName
 __all__ = ["app"]
 
 app = typer.Typer(no_args_is_help=True, help="Training runs.")
-
-PolicyArgument = Annotated[str, typer.Argument(help="tenant/policy")]
-LearningRateOption = Annotated[float, typer.Option(min=0, help="Peak; 0 means the recipe's default.")]
-WarmupStepsOption = Annotated[int, typer.Option(min=0, help="Steps of linear warm-up.")]
-WeightDecayOption = Annotated[float, typer.Option(min=0, help="Decoupled weight decay.")]
-MaxGradNormOption = Annotated[float, typer.Option(min=0, help="Gradient clipping; 0 means none.")]
-ContinueOption = Annotated[
-    bool, typer.Option("--continue/--fresh", help="Start from the policy's latest training state, or anew.")
-]
-PromoteOption = Annotated[str, typer.Option(help="Alias to point at the published revision.")]
 
 
 class Advantage(StrEnum):
@@ -91,6 +90,7 @@ def sft(
     continue_: ContinueOption = False,
     publish: Annotated[bool, typer.Option(help="Publish the final state as a revision.")] = True,
     promote: PromoteOption = "",
+    priority: PriorityOption = 0,
     run_id: RunIdOption = "",
     watch: WatchOption = False,
     catalog: CatalogOption = "",
@@ -107,18 +107,18 @@ def sft(
         num_steps=steps,
         batch_size=batch_size,
         max_tokens=max_tokens,
-        optimizer=run_service_pb2.OptimizerConfig(
-            learning_rate=learning_rate,
-            weight_decay=weight_decay,
-            max_grad_norm=max_grad_norm,
-            num_warmup_steps=warmup_steps,
-        ),
+        optimizer=_optimizer(learning_rate, weight_decay, max_grad_norm, warmup_steps),
         seed=seed,
         save_every_steps=save_every,
         eval_every_steps=eval_every,
     )
     run = run_service_pb2.Run(
-        policy=str(name), sft=recipe, continue_from_latest=continue_, publish=publish, promote_alias=promote
+        policy=str(name),
+        sft=recipe,
+        continue_from_latest=continue_,
+        publish=publish,
+        promote_alias=promote,
+        priority=priority,
     )
     files = [(run.sft.train_data, data)]
     if eval_data is not None:
@@ -141,7 +141,7 @@ def grpo(
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 20,
     prompts_per_step: Annotated[int, typer.Option(min=1, help="Prompts in one step.")] = 8,
     group_size: Annotated[int, typer.Option(min=2, help="Samples for each prompt.")] = 8,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest completion in tokens.")] = 128,
+    max_new_tokens: MaxNewTokensOption = 128,
     temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature; 0 means 1.")] = 1.0,
     stop: StopOption = None,
     learning_rate: LearningRateOption = 0.0,
@@ -167,6 +167,7 @@ def grpo(
     promote_every: Annotated[
         int, typer.Option(min=0, help="Steps between promotions, with --promote; 0: at the end only.")
     ] = 0,
+    priority: PriorityOption = 0,
     run_id: RunIdOption = "",
     watch: WatchOption = False,
     catalog: CatalogOption = "",
@@ -190,12 +191,7 @@ def grpo(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         stop=stop,
-        optimizer=run_service_pb2.OptimizerConfig(
-            learning_rate=learning_rate,
-            weight_decay=weight_decay,
-            max_grad_norm=max_grad_norm,
-            num_warmup_steps=warmup_steps,
-        ),
+        optimizer=_optimizer(learning_rate, weight_decay, max_grad_norm, warmup_steps),
         clip_epsilon=clip,
         clip_epsilon_high=clip_high,
         kl_coefficient=kl,
@@ -212,10 +208,26 @@ def grpo(
         state_dir(state_path), catalog=catalog, exporter=exporter, needed=("catalog", "exporter")
     )
     run = run_service_pb2.Run(
-        policy=str(name), grpo=recipe, continue_from_latest=continue_, publish=True, promote_alias=promote
+        policy=str(name),
+        grpo=recipe,
+        continue_from_latest=continue_,
+        publish=True,
+        promote_alias=promote,
+        priority=priority,
     )
     files = [(run.grpo.prompts, prompts_file)]
     _train(endpoints, name, run, files=files, run_id=run_id, watch=watch, json_output=json_output)
+
+
+def _optimizer(
+    learning_rate: float, weight_decay: float, max_grad_norm: float, warmup_steps: int
+) -> run_service_pb2.OptimizerConfig:
+    return run_service_pb2.OptimizerConfig(
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        max_grad_norm=max_grad_norm,
+        num_warmup_steps=warmup_steps,
+    )
 
 
 def _train(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from mint_api.runtime.v1 import loader_service_pb2 as loader_pb
 from mint_api.runtime.v1 import registry_service_pb2 as registry_pb
 from mint_api.runtime.v1 import registry_service_pb2_grpc as registry_grpc
+from mint_api.v1 import common_pb2
 from mint_api.v1 import engine_replica_service_pb2 as pb
 from mint_api.v1 import engine_replica_service_pb2_grpc as pb_grpc
 from mint_catalog.checks import check_ttl
-from mint_catalog.codec import enum_of
+from mint_catalog.codec import enum_of, to_message
 from mint_catalog.codecs import MessageCodecs
 from mint_catalog.records import EngineReplicaState
 from mint_catalog.registry import DEFAULT_TTL_S, Registry
@@ -50,8 +52,19 @@ class RegistryServicer(registry_grpc.RegistryServiceServicer):
     async def RenewEngineReplica(self, request: registry_pb.RenewEngineReplicaRequest, _context: Any) -> Any:
         state = enum_of(request.state, EngineReplicaState)
         name = EngineReplicaName.parse(request.name)
-        await self._registry.renew(name, request.registration_token, state)
-        return registry_pb.RenewEngineReplicaResponse()
+        wanted = await self._registry.renew(name, request.registration_token, state, request.held_digests)
+        return registry_pb.RenewEngineReplicaResponse(
+            wanted_digests=wanted.digests,
+            adapters_to_load=[
+                loader_pb.AdapterRef(
+                    tenant=each.tenant,
+                    blob=to_message(each.blob, common_pb2.BlobRef),
+                    object_key=each.object_key,
+                    base_digest=each.base_digest,
+                )
+                for each in wanted.to_load
+            ],
+        )
 
     async def DeregisterEngineReplica(self, request: registry_pb.DeregisterEngineReplicaRequest, _context: Any) -> Any:
         await self._registry.deregister(EngineReplicaName.parse(request.name), request.registration_token)

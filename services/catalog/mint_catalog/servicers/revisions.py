@@ -46,6 +46,11 @@ class RevisionServicer(pb_grpc.RevisionServiceServicer):
             revision=self._codec.to_message(written.record), catalog_revision=written.catalog_revision
         )
 
+    async def DeleteRevision(self, request: pb.DeleteRevisionRequest, _context: Any) -> Any:
+        name = RevisionName.parse(request.name)
+        revision = await self._revisions.delete(name, request.etag, identity(request, name.tenant))
+        return pb.DeleteRevisionResponse(catalog_revision=revision)
+
     async def WatchRevisions(self, request: pb.WatchRevisionsRequest, _context: Any) -> AsyncIterator[Any]:
         events = self._changes.revisions(request.parent, after=request.start_after_catalog_revision)
         responses = watch_responses(events, pb.WatchRevisionsResponse, "revision", self._codec)

@@ -9,10 +9,12 @@ from typing import Any
 from mint_api.v1 import run_service_pb2 as pb
 from mint_api.v1 import run_service_pb2_grpc as pb_grpc
 from mint_catalog.changes import Changes
-from mint_catalog.codec import check_enums, to_message
+from mint_catalog.codec import check_enums, enum_of, to_message
 from mint_catalog.codecs import MessageCodecs
+from mint_catalog.run_records import RunState
 from mint_catalog.runs import Runs
 from mint_catalog.servicers.common import identity
+from mint_core.calls import principal
 from mint_core.names import PolicyName, RunName, TenantName
 
 __all__ = ["RunServicer"]
@@ -39,12 +41,15 @@ class RunServicer(pb_grpc.RunServiceServicer):
         return pb.GetRunResponse(run=self._codec.to_message(await self._runs.get(RunName.parse(request.name))))
 
     async def ListRuns(self, request: pb.ListRunsRequest, _context: Any) -> Any:
+        check_enums(request, field="request")
         policies = [str(PolicyName.parse(request.policy, field="policy"))] if request.policy else []
         page = await self._runs.list(
             TenantName.parse(request.parent, field="parent"),
             page_size=request.page_size,
             page_token=request.page_token,
             policies=policies,
+            state=enum_of(request.state, RunState),
+            dead_letter=request.dead_letter,
         )
         return pb.ListRunsResponse(runs=map(self._codec.to_message, page.records), next_page_token=page.next_page_token)
 
@@ -65,3 +70,8 @@ class RunServicer(pb_grpc.RunServiceServicer):
     async def CancelRun(self, request: pb.CancelRunRequest, _context: Any) -> Any:
         run = await self._runs.cancel(RunName.parse(request.name), request.reason)
         return pb.CancelRunResponse(run=self._codec.to_message(run))
+
+    async def RetryRun(self, request: pb.RetryRunRequest, _context: Any) -> Any:
+        name = RunName.parse(request.name)
+        run = await self._runs.retry(name, request.reason, principal(), identity(request, name.tenant))
+        return pb.RetryRunResponse(run=self._codec.to_message(run))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import AsyncIterator
 from typing import Any
 
 from mint_api.runtime.v1 import work_service_pb2 as pb
 from mint_api.runtime.v1 import work_service_pb2_grpc as pb_grpc
+from mint_catalog.changes import Changes
 from mint_catalog.checks import check_ttl
 from mint_catalog.codec import enum_of, from_message
 from mint_catalog.codecs import MessageCodecs
@@ -23,9 +26,10 @@ _MARGIN_S = 0.5
 
 
 class WorkServicer(pb_grpc.WorkServiceServicer):
-    def __init__(self, leases: Leases, queue: RunQueue, codecs: MessageCodecs) -> None:
+    def __init__(self, leases: Leases, queue: RunQueue, changes: Changes, codecs: MessageCodecs) -> None:
         self._leases = leases
         self._queue = queue
+        self._changes = changes
         self._run_codec = codecs.run
         self._holder_codec = codecs.holder
 
@@ -43,6 +47,13 @@ class WorkServicer(pb_grpc.WorkServiceServicer):
         resource = parse_resource(request.fence.resource, field="fence.resource")
         await self._leases.release(resource, request.fence.token)
         return pb.ReleaseLeaseResponse()
+
+    async def WatchLease(self, request: pb.WatchLeaseRequest, _context: Any) -> AsyncIterator[Any]:
+        resource = parse_resource(request.fence.resource, field="fence.resource")
+        watched = self._changes.lease(resource, request.fence.token)
+        async with contextlib.aclosing(watched):
+            async for held in watched:
+                yield pb.WatchLeaseResponse(lease=self._holder_codec.to_message(resource, held))
 
     async def ListLeases(self, request: pb.ListLeasesRequest, _context: Any) -> Any:
         leases = await self._leases.list(TenantName.parse(request.parent, field="parent"))

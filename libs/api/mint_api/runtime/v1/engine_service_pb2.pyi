@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from mint_api.runtime.v1 import loader_service_pb2 as _loader_service_pb2
 from mint_api.v1 import engine_replica_service_pb2 as _engine_replica_service_pb2
 from mint_api.v1 import inference_service_pb2 as _inference_service_pb2
 import builtins as _builtins
@@ -351,6 +352,7 @@ class GetResidencyResponse(_message.Message):
     ADAPTERS_FIELD_NUMBER: _builtins.int
     ENGINE_REPLICA_FIELD_NUMBER: _builtins.int
     NUM_RUNNING_FIELD_NUMBER: _builtins.int
+    ADAPTERS_TO_LOAD_FIELD_NUMBER: _builtins.int
     num_running: _builtins.int
     """Streams running now."""
     @_builtins.property
@@ -361,16 +363,21 @@ class GetResidencyResponse(_message.Message):
     def engine_replica(self) -> _engine_replica_service_pb2.EngineReplica:
         """The engine's own description."""
 
+    @_builtins.property
+    def adapters_to_load(self) -> _containers.RepeatedCompositeFieldContainer[_loader_service_pb2.AdapterRef]:
+        """What this node's loader should load because somebody waits for it, as the catalog last said."""
+
     def __init__(
         self,
         *,
         adapters: _abc.Iterable[Global___ResidentAdapter] | None = ...,
         engine_replica: _engine_replica_service_pb2.EngineReplica | None = ...,
         num_running: _builtins.int = ...,
+        adapters_to_load: _abc.Iterable[_loader_service_pb2.AdapterRef] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["engine_replica", b"engine_replica"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "engine_replica", b"engine_replica", "num_running", b"num_running"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "adapters_to_load", b"adapters_to_load", "engine_replica", b"engine_replica", "num_running", b"num_running"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -22,11 +22,12 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from mint_api.v1 import common_pb2 as mint_dot_v1_dot_common__pb2
 from mint_api.v1 import revision_service_pb2 as mint_dot_v1_dot_revision__service__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%mint/runtime/v1/publish_service.proto\x12\x0fmint.runtime.v1\x1a\x14mint/v1/common.proto\x1a\x1emint/v1/revision_service.proto\"y\n\nBlobRecord\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1e\n\x04\x62lob\x18\x02 \x01(\x0b\x32\x10.mint.v1.BlobRef\x12\x12\n\nobject_key\x18\x03 \x01(\t\x12)\n\x05state\x18\x04 \x01(\x0e\x32\x1a.mint.runtime.v1.BlobState\"4\n\x10StageBlobRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\">\n\x11StageBlobResponse\x12)\n\x04\x62lob\x18\x01 \x01(\x0b\x32\x1b.mint.runtime.v1.BlobRecord\"5\n\x11VerifyBlobRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nobject_key\x18\x02 \x01(\t\"?\n\x12VerifyBlobResponse\x12)\n\x04\x62lob\x18\x01 \x01(\x0b\x32\x1b.mint.runtime.v1.BlobRecord\"\x1e\n\x0eGetBlobRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"<\n\x0fGetBlobResponse\x12)\n\x04\x62lob\x18\x01 \x01(\x0b\x32\x1b.mint.runtime.v1.BlobRecord\"\x92\x01\n\x16PublishRevisionRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12#\n\x08revision\x18\x02 \x01(\x0b\x32\x11.mint.v1.Revision\x12\x1d\n\x05\x66\x65nce\x18\x03 \x01(\x0b\x32\x0e.mint.v1.Fence\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\x10\n\x08unfenced\x18\x05 \x01(\x08\"X\n\x17PublishRevisionResponse\x12#\n\x08revision\x18\x01 \x01(\x0b\x32\x11.mint.v1.Revision\x12\x18\n\x10\x63\x61talog_revision\x18\x02 \x01(\x03*q\n\tBlobState\x12\x1a\n\x16\x42LOB_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11\x42LOB_STATE_STAGED\x10\x01\x12\x17\n\x13\x42LOB_STATE_VERIFIED\x10\x02\x12\x18\n\x14\x42LOB_STATE_CONDEMNED\x10\x03\x32\xef\x02\n\x0ePublishService\x12R\n\tStageBlob\x12!.mint.runtime.v1.StageBlobRequest\x1a\".mint.runtime.v1.StageBlobResponse\x12U\n\nVerifyBlob\x12\".mint.runtime.v1.VerifyBlobRequest\x1a#.mint.runtime.v1.VerifyBlobResponse\x12L\n\x07GetBlob\x12\x1f.mint.runtime.v1.GetBlobRequest\x1a .mint.runtime.v1.GetBlobResponse\x12\x64\n\x0fPublishRevision\x12\'.mint.runtime.v1.PublishRevisionRequest\x1a(.mint.runtime.v1.PublishRevisionResponseB3Z1mint.dev/api/gen/go/mint/runtime/v1;mintruntimev1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%mint/runtime/v1/publish_service.proto\x12\x0fmint.runtime.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x14mint/v1/common.proto\x1a\x1emint/v1/revision_service.proto\"\xaa\x01\n\nBlobRecord\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1e\n\x04\x62lob\x18\x02 \x01(\x0b\x32\x10.mint.v1.BlobRef\x12\x12\n\nobject_key\x18\x03 \x01(\t\x12)\n\x05state\x18\x04 \x01(\x0e\x32\x1a.mint.runtime.v1.BlobState\x12/\n\x0bupdate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"4\n\x10StageBlobRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\">\n\x11StageBlobResponse\x12)\n\x04\x62lob\x18\x01 \x01(\x0b\x32\x1b.mint.runtime.v1.BlobRecord\"5\n\x11VerifyBlobRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nobject_key\x18\x02 \x01(\t\"?\n\x12VerifyBlobResponse\x12)\n\x04\x62lob\x18\x01 \x01(\x0b\x32\x1b.mint.runtime.v1.BlobRecord\"\x1e\n\x0eGetBlobRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"<\n\x0fGetBlobResponse\x12)\n\x04\x62lob\x18\x01 \x01(\x0b\x32\x1b.mint.runtime.v1.BlobRecord\"\x92\x01\n\x16PublishRevisionRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12#\n\x08revision\x18\x02 \x01(\x0b\x32\x11.mint.v1.Revision\x12\x1d\n\x05\x66\x65nce\x18\x03 \x01(\x0b\x32\x0e.mint.v1.Fence\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\x10\n\x08unfenced\x18\x05 \x01(\x08\"X\n\x17PublishRevisionResponse\x12#\n\x08revision\x18\x01 \x01(\x0b\x32\x11.mint.v1.Revision\x12\x18\n\x10\x63\x61talog_revision\x18\x02 \x01(\x03*q\n\tBlobState\x12\x1a\n\x16\x42LOB_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11\x42LOB_STATE_STAGED\x10\x01\x12\x17\n\x13\x42LOB_STATE_VERIFIED\x10\x02\x12\x18\n\x14\x42LOB_STATE_CONDEMNED\x10\x03\x32\xef\x02\n\x0ePublishService\x12R\n\tStageBlob\x12!.mint.runtime.v1.StageBlobRequest\x1a\".mint.runtime.v1.StageBlobResponse\x12U\n\nVerifyBlob\x12\".mint.runtime.v1.VerifyBlobRequest\x1a#.mint.runtime.v1.VerifyBlobResponse\x12L\n\x07GetBlob\x12\x1f.mint.runtime.v1.GetBlobRequest\x1a .mint.runtime.v1.GetBlobResponse\x12\x64\n\x0fPublishRevision\x12\'.mint.runtime.v1.PublishRevisionRequest\x1a(.mint.runtime.v1.PublishRevisionResponseB3Z1mint.dev/api/gen/go/mint/runtime/v1;mintruntimev1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,26 +35,26 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'mint.runtime.v1.publish_ser
 if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'Z1mint.dev/api/gen/go/mint/runtime/v1;mintruntimev1'
-  _globals['_BLOBSTATE']._serialized_start=806
-  _globals['_BLOBSTATE']._serialized_end=919
-  _globals['_BLOBRECORD']._serialized_start=112
-  _globals['_BLOBRECORD']._serialized_end=233
-  _globals['_STAGEBLOBREQUEST']._serialized_start=235
-  _globals['_STAGEBLOBREQUEST']._serialized_end=287
-  _globals['_STAGEBLOBRESPONSE']._serialized_start=289
-  _globals['_STAGEBLOBRESPONSE']._serialized_end=351
-  _globals['_VERIFYBLOBREQUEST']._serialized_start=353
-  _globals['_VERIFYBLOBREQUEST']._serialized_end=406
-  _globals['_VERIFYBLOBRESPONSE']._serialized_start=408
-  _globals['_VERIFYBLOBRESPONSE']._serialized_end=471
-  _globals['_GETBLOBREQUEST']._serialized_start=473
-  _globals['_GETBLOBREQUEST']._serialized_end=503
-  _globals['_GETBLOBRESPONSE']._serialized_start=505
-  _globals['_GETBLOBRESPONSE']._serialized_end=565
-  _globals['_PUBLISHREVISIONREQUEST']._serialized_start=568
-  _globals['_PUBLISHREVISIONREQUEST']._serialized_end=714
-  _globals['_PUBLISHREVISIONRESPONSE']._serialized_start=716
-  _globals['_PUBLISHREVISIONRESPONSE']._serialized_end=804
-  _globals['_PUBLISHSERVICE']._serialized_start=922
-  _globals['_PUBLISHSERVICE']._serialized_end=1289
+  _globals['_BLOBSTATE']._serialized_start=889
+  _globals['_BLOBSTATE']._serialized_end=1002
+  _globals['_BLOBRECORD']._serialized_start=146
+  _globals['_BLOBRECORD']._serialized_end=316
+  _globals['_STAGEBLOBREQUEST']._serialized_start=318
+  _globals['_STAGEBLOBREQUEST']._serialized_end=370
+  _globals['_STAGEBLOBRESPONSE']._serialized_start=372
+  _globals['_STAGEBLOBRESPONSE']._serialized_end=434
+  _globals['_VERIFYBLOBREQUEST']._serialized_start=436
+  _globals['_VERIFYBLOBREQUEST']._serialized_end=489
+  _globals['_VERIFYBLOBRESPONSE']._serialized_start=491
+  _globals['_VERIFYBLOBRESPONSE']._serialized_end=554
+  _globals['_GETBLOBREQUEST']._serialized_start=556
+  _globals['_GETBLOBREQUEST']._serialized_end=586
+  _globals['_GETBLOBRESPONSE']._serialized_start=588
+  _globals['_GETBLOBRESPONSE']._serialized_end=648
+  _globals['_PUBLISHREVISIONREQUEST']._serialized_start=651
+  _globals['_PUBLISHREVISIONREQUEST']._serialized_end=797
+  _globals['_PUBLISHREVISIONRESPONSE']._serialized_start=799
+  _globals['_PUBLISHREVISIONRESPONSE']._serialized_end=887
+  _globals['_PUBLISHSERVICE']._serialized_start=1005
+  _globals['_PUBLISHSERVICE']._serialized_end=1372
 # @@protoc_insertion_point(module_scope)

@@ -5,6 +5,7 @@ isort:skip_file
 
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from mint_api.v1 import common_pb2 as _common_pb2
 from mint_api.v1 import revision_service_pb2 as _revision_service_pb2
@@ -57,6 +58,7 @@ class BlobRecord(_message.Message):
     BLOB_FIELD_NUMBER: _builtins.int
     OBJECT_KEY_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
+    UPDATE_TIME_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """tenants/{tenant}/blobs/{digest}"""
     object_key: _builtins.str
@@ -67,6 +69,12 @@ class BlobRecord(_message.Message):
     def blob(self) -> _common_pb2.BlobRef:
         """Digest and size."""
 
+    @_builtins.property
+    def update_time(self) -> _timestamp_pb2.Timestamp:
+        """When it was staged, verified, condemned, last asked for, or last let go of by something that referred to it: what
+        garbage collection counts its age from.
+        """
+
     def __init__(
         self,
         *,
@@ -74,10 +82,11 @@ class BlobRecord(_message.Message):
         blob: _common_pb2.BlobRef | None = ...,
         object_key: _builtins.str = ...,
         state: Global___BlobState.ValueType = ...,
+        update_time: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["blob", b"blob"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["blob", b"blob", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blob", b"blob", "name", b"name", "object_key", b"object_key", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blob", b"blob", "name", b"name", "object_key", b"object_key", "state", b"state", "update_time", b"update_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

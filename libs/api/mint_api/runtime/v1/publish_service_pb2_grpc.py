@@ -98,7 +98,7 @@ class PublishServiceServicer:
         answers the stored revision.
 
         Errors:
-        * NOT_FOUND / RESOURCE_NOT_FOUND: no such policy.
+        * NOT_FOUND / RESOURCE_NOT_FOUND: no such policy, or (run, step) was published as a revision that is deleted now.
         * ALREADY_EXISTS / RESOURCE_EXISTS: (run, step) was published with another digest.
         * ALREADY_EXISTS / REQUEST_ID_REUSED: the request id was used with another payload.
         * FAILED_PRECONDITION / LEASE_LOST: the fence was superseded.

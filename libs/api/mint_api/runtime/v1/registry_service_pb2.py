@@ -23,10 +23,11 @@ _sym_db = _symbol_database.Default()
 
 
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
+from mint_api.runtime.v1 import loader_service_pb2 as mint_dot_runtime_dot_v1_dot_loader__service__pb2
 from mint_api.v1 import engine_replica_service_pb2 as mint_dot_v1_dot_engine__replica__service__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&mint/runtime/v1/registry_service.proto\x12\x0fmint.runtime.v1\x1a\x1egoogle/protobuf/duration.proto\x1a$mint/v1/engine_replica_service.proto\"\x86\x01\n\x1cRegisterEngineReplicaRequest\x12.\n\x0e\x65ngine_replica\x18\x01 \x01(\x0b\x32\x16.mint.v1.EngineReplica\x12\x0e\n\x06holder\x18\x02 \x01(\t\x12&\n\x03ttl\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\";\n\x1dRegisterEngineReplicaResponse\x12\x1a\n\x12registration_token\x18\x01 \x01(\x03\"q\n\x19RenewEngineReplicaRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1a\n\x12registration_token\x18\x02 \x01(\x03\x12*\n\x05state\x18\x03 \x01(\x0e\x32\x1b.mint.v1.EngineReplicaState\"\x1c\n\x1aRenewEngineReplicaResponse\"J\n\x1e\x44\x65registerEngineReplicaRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1a\n\x12registration_token\x18\x02 \x01(\x03\"!\n\x1f\x44\x65registerEngineReplicaResponse2\xf6\x02\n\x0fRegistryService\x12v\n\x15RegisterEngineReplica\x12-.mint.runtime.v1.RegisterEngineReplicaRequest\x1a..mint.runtime.v1.RegisterEngineReplicaResponse\x12m\n\x12RenewEngineReplica\x12*.mint.runtime.v1.RenewEngineReplicaRequest\x1a+.mint.runtime.v1.RenewEngineReplicaResponse\x12|\n\x17\x44\x65registerEngineReplica\x12/.mint.runtime.v1.DeregisterEngineReplicaRequest\x1a\x30.mint.runtime.v1.DeregisterEngineReplicaResponseB3Z1mint.dev/api/gen/go/mint/runtime/v1;mintruntimev1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&mint/runtime/v1/registry_service.proto\x12\x0fmint.runtime.v1\x1a\x1egoogle/protobuf/duration.proto\x1a$mint/runtime/v1/loader_service.proto\x1a$mint/v1/engine_replica_service.proto\"\x86\x01\n\x1cRegisterEngineReplicaRequest\x12.\n\x0e\x65ngine_replica\x18\x01 \x01(\x0b\x32\x16.mint.v1.EngineReplica\x12\x0e\n\x06holder\x18\x02 \x01(\t\x12&\n\x03ttl\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\";\n\x1dRegisterEngineReplicaResponse\x12\x1a\n\x12registration_token\x18\x01 \x01(\x03\"\x87\x01\n\x19RenewEngineReplicaRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1a\n\x12registration_token\x18\x02 \x01(\x03\x12*\n\x05state\x18\x03 \x01(\x0e\x32\x1b.mint.v1.EngineReplicaState\x12\x14\n\x0cheld_digests\x18\x04 \x03(\t\"k\n\x1aRenewEngineReplicaResponse\x12\x16\n\x0ewanted_digests\x18\x01 \x03(\t\x12\x35\n\x10\x61\x64\x61pters_to_load\x18\x02 \x03(\x0b\x32\x1b.mint.runtime.v1.AdapterRef\"J\n\x1e\x44\x65registerEngineReplicaRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1a\n\x12registration_token\x18\x02 \x01(\x03\"!\n\x1f\x44\x65registerEngineReplicaResponse2\xf6\x02\n\x0fRegistryService\x12v\n\x15RegisterEngineReplica\x12-.mint.runtime.v1.RegisterEngineReplicaRequest\x1a..mint.runtime.v1.RegisterEngineReplicaResponse\x12m\n\x12RenewEngineReplica\x12*.mint.runtime.v1.RenewEngineReplicaRequest\x1a+.mint.runtime.v1.RenewEngineReplicaResponse\x12|\n\x17\x44\x65registerEngineReplica\x12/.mint.runtime.v1.DeregisterEngineReplicaRequest\x1a\x30.mint.runtime.v1.DeregisterEngineReplicaResponseB3Z1mint.dev/api/gen/go/mint/runtime/v1;mintruntimev1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,18 +35,18 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'mint.runtime.v1.registry_se
 if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'Z1mint.dev/api/gen/go/mint/runtime/v1;mintruntimev1'
-  _globals['_REGISTERENGINEREPLICAREQUEST']._serialized_start=130
-  _globals['_REGISTERENGINEREPLICAREQUEST']._serialized_end=264
-  _globals['_REGISTERENGINEREPLICARESPONSE']._serialized_start=266
-  _globals['_REGISTERENGINEREPLICARESPONSE']._serialized_end=325
-  _globals['_RENEWENGINEREPLICAREQUEST']._serialized_start=327
-  _globals['_RENEWENGINEREPLICAREQUEST']._serialized_end=440
-  _globals['_RENEWENGINEREPLICARESPONSE']._serialized_start=442
-  _globals['_RENEWENGINEREPLICARESPONSE']._serialized_end=470
-  _globals['_DEREGISTERENGINEREPLICAREQUEST']._serialized_start=472
-  _globals['_DEREGISTERENGINEREPLICAREQUEST']._serialized_end=546
-  _globals['_DEREGISTERENGINEREPLICARESPONSE']._serialized_start=548
-  _globals['_DEREGISTERENGINEREPLICARESPONSE']._serialized_end=581
-  _globals['_REGISTRYSERVICE']._serialized_start=584
-  _globals['_REGISTRYSERVICE']._serialized_end=958
+  _globals['_REGISTERENGINEREPLICAREQUEST']._serialized_start=168
+  _globals['_REGISTERENGINEREPLICAREQUEST']._serialized_end=302
+  _globals['_REGISTERENGINEREPLICARESPONSE']._serialized_start=304
+  _globals['_REGISTERENGINEREPLICARESPONSE']._serialized_end=363
+  _globals['_RENEWENGINEREPLICAREQUEST']._serialized_start=366
+  _globals['_RENEWENGINEREPLICAREQUEST']._serialized_end=501
+  _globals['_RENEWENGINEREPLICARESPONSE']._serialized_start=503
+  _globals['_RENEWENGINEREPLICARESPONSE']._serialized_end=610
+  _globals['_DEREGISTERENGINEREPLICAREQUEST']._serialized_start=612
+  _globals['_DEREGISTERENGINEREPLICAREQUEST']._serialized_end=686
+  _globals['_DEREGISTERENGINEREPLICARESPONSE']._serialized_start=688
+  _globals['_DEREGISTERENGINEREPLICARESPONSE']._serialized_end=721
+  _globals['_REGISTRYSERVICE']._serialized_start=724
+  _globals['_REGISTRYSERVICE']._serialized_end=1098
 # @@protoc_insertion_point(module_scope)

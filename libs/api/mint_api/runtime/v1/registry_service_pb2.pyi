@@ -3,9 +3,12 @@
 isort:skip_file
 """
 
+from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
+from google.protobuf.internal import containers as _containers
+from mint_api.runtime.v1 import loader_service_pb2 as _loader_service_pb2
 from mint_api.v1 import engine_replica_service_pb2 as _engine_replica_service_pb2
 import builtins as _builtins
 import sys
@@ -83,22 +86,28 @@ class RenewEngineReplicaRequest(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     REGISTRATION_TOKEN_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
+    HELD_DIGESTS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """engineReplicas/{engine_replica}"""
     registration_token: _builtins.int
     """From the registration."""
     state: _engine_replica_service_pb2.EngineReplicaState.ValueType
     """Its state now."""
+    @_builtins.property
+    def held_digests(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Of the digests wanted by the last answer, those that the engine holds now."""
+
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
         registration_token: _builtins.int = ...,
         state: _engine_replica_service_pb2.EngineReplicaState.ValueType = ...,
+        held_digests: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "registration_token", b"registration_token", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["held_digests", b"held_digests", "name", b"name", "registration_token", b"registration_token", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -110,12 +119,25 @@ class RenewEngineReplicaResponse(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    WANTED_DIGESTS_FIELD_NUMBER: _builtins.int
+    ADAPTERS_TO_LOAD_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def wanted_digests(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Digests of adapters whose residency somebody waits for; tell in the next renewal which of them the engine holds."""
+
+    @_builtins.property
+    def adapters_to_load(self) -> _containers.RepeatedCompositeFieldContainer[_loader_service_pb2.AdapterRef]:
+        """Those of them that this replica's node should load: as many replicas are chosen as are waited for."""
+
     def __init__(
         self,
+        *,
+        wanted_digests: _abc.Iterable[_builtins.str] | None = ...,
+        adapters_to_load: _abc.Iterable[_loader_service_pb2.AdapterRef] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters_to_load", b"adapters_to_load", "wanted_digests", b"wanted_digests"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -27,7 +27,7 @@ from mint_api.v1 import common_pb2 as mint_dot_v1_dot_common__pb2
 from mint_api.v1 import run_service_pb2 as mint_dot_v1_dot_run__service__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"mint/runtime/v1/work_service.proto\x12\x0fmint.runtime.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x14mint/v1/common.proto\x1a\x19mint/v1/run_service.proto\"p\n\x05Lease\x12\x10\n\x08resource\x18\x01 \x01(\t\x12\x0e\n\x06holder\x18\x02 \x01(\t\x12\x1d\n\x05\x66\x65nce\x18\x03 \x01(\x0b\x32\x0e.mint.v1.Fence\x12&\n\x03ttl\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"_\n\x13\x41\x63quireLeaseRequest\x12\x10\n\x08resource\x18\x01 \x01(\t\x12\x0e\n\x06holder\x18\x02 \x01(\t\x12&\n\x03ttl\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"=\n\x14\x41\x63quireLeaseResponse\x12%\n\x05lease\x18\x01 \x01(\x0b\x32\x16.mint.runtime.v1.Lease\"2\n\x11RenewLeaseRequest\x12\x1d\n\x05\x66\x65nce\x18\x01 \x01(\x0b\x32\x0e.mint.v1.Fence\";\n\x12RenewLeaseResponse\x12%\n\x05lease\x18\x01 \x01(\x0b\x32\x16.mint.runtime.v1.Lease\"4\n\x13ReleaseLeaseRequest\x12\x1d\n\x05\x66\x65nce\x18\x01 \x01(\x0b\x32\x0e.mint.v1.Fence\"\x16\n\x14ReleaseLeaseResponse\"#\n\x11ListLeasesRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\"<\n\x12ListLeasesResponse\x12&\n\x06leases\x18\x01 \x03(\x0b\x32\x16.mint.runtime.v1.Lease\"]\n\x0f\x43laimRunRequest\x12\x0e\n\x06holder\x18\x01 \x01(\t\x12\x12\n\nbase_model\x18\x02 \x01(\t\x12&\n\x03ttl\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"T\n\x10\x43laimRunResponse\x12\x19\n\x03run\x18\x01 \x01(\x0b\x32\x0c.mint.v1.Run\x12%\n\x05lease\x18\x02 \x01(\x0b\x32\x16.mint.runtime.v1.Lease\"\xab\x01\n\x10ReportRunRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1d\n\x05\x66\x65nce\x18\x02 \x01(\x0b\x32\x0e.mint.v1.Fence\x12&\n\x08progress\x18\x03 \x01(\x0b\x32\x14.mint.v1.RunProgress\x12!\n\x06\x65vents\x18\x04 \x03(\x0b\x32\x11.mint.v1.RunEvent\x12\x1f\n\x05steps\x18\x05 \x03(\x0b\x32\x10.mint.v1.RunStep\"-\n\x11ReportRunResponse\x12\x18\n\x10\x63\x61ncel_requested\x18\x01 \x01(\x08\"p\n\x1a\x43ommitTrainingStateRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1d\n\x05\x66\x65nce\x18\x02 \x01(\x0b\x32\x0e.mint.v1.Fence\x12%\n\x05state\x18\x03 \x01(\x0b\x32\x16.mint.v1.TrainingState\"7\n\x1b\x43ommitTrainingStateResponse\x12\x18\n\x10\x63\x61talog_revision\x18\x01 \x01(\x03\"\x9f\x01\n\x10\x46inishRunRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1d\n\x05\x66\x65nce\x18\x02 \x01(\x0b\x32\x0e.mint.v1.Fence\x12 \n\x05state\x18\x03 \x01(\x0e\x32\x11.mint.v1.RunState\x12\r\n\x05\x65rror\x18\x04 \x01(\t\x12\x11\n\tretriable\x18\x05 \x01(\x08\x12\x1a\n\x12published_revision\x18\x06 \x01(\t\".\n\x11\x46inishRunResponse\x12\x19\n\x03run\x18\x01 \x01(\x0b\x32\x0c.mint.v1.Run2\xe0\x05\n\x0bWorkService\x12[\n\x0c\x41\x63quireLease\x12$.mint.runtime.v1.AcquireLeaseRequest\x1a%.mint.runtime.v1.AcquireLeaseResponse\x12U\n\nRenewLease\x12\".mint.runtime.v1.RenewLeaseRequest\x1a#.mint.runtime.v1.RenewLeaseResponse\x12[\n\x0cReleaseLease\x12$.mint.runtime.v1.ReleaseLeaseRequest\x1a%.mint.runtime.v1.ReleaseLeaseResponse\x12U\n\nListLeases\x12\".mint.runtime.v1.ListLeasesRequest\x1a#.mint.runtime.v1.ListLeasesResponse\x12O\n\x08\x43laimRun\x12 .mint.runtime.v1.ClaimRunRequest\x1a!.mint.runtime.v1.ClaimRunResponse\x12R\n\tReportRun\x12!.mint.runtime.v1.ReportRunRequest\x1a\".mint.runtime.v1.ReportRunResponse\x12p\n\x13\x43ommitTrainingState\x12+.mint.runtime.v1.CommitTrainingStateRequest\x1a,.mint.runtime.v1.CommitTrainingStateResponse\x12R\n\tFinishRun\x12!.mint.runtime.v1.FinishRunRequest\x1a\".mint.runtime.v1.FinishRunResponseB3Z1mint.dev/api/gen/go/mint/runtime/v1;mintruntimev1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"mint/runtime/v1/work_service.proto\x12\x0fmint.runtime.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x14mint/v1/common.proto\x1a\x19mint/v1/run_service.proto\"p\n\x05Lease\x12\x10\n\x08resource\x18\x01 \x01(\t\x12\x0e\n\x06holder\x18\x02 \x01(\t\x12\x1d\n\x05\x66\x65nce\x18\x03 \x01(\x0b\x32\x0e.mint.v1.Fence\x12&\n\x03ttl\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"_\n\x13\x41\x63quireLeaseRequest\x12\x10\n\x08resource\x18\x01 \x01(\t\x12\x0e\n\x06holder\x18\x02 \x01(\t\x12&\n\x03ttl\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"=\n\x14\x41\x63quireLeaseResponse\x12%\n\x05lease\x18\x01 \x01(\x0b\x32\x16.mint.runtime.v1.Lease\"2\n\x11RenewLeaseRequest\x12\x1d\n\x05\x66\x65nce\x18\x01 \x01(\x0b\x32\x0e.mint.v1.Fence\";\n\x12RenewLeaseResponse\x12%\n\x05lease\x18\x01 \x01(\x0b\x32\x16.mint.runtime.v1.Lease\"4\n\x13ReleaseLeaseRequest\x12\x1d\n\x05\x66\x65nce\x18\x01 \x01(\x0b\x32\x0e.mint.v1.Fence\"\x16\n\x14ReleaseLeaseResponse\"2\n\x11WatchLeaseRequest\x12\x1d\n\x05\x66\x65nce\x18\x01 \x01(\x0b\x32\x0e.mint.v1.Fence\";\n\x12WatchLeaseResponse\x12%\n\x05lease\x18\x01 \x01(\x0b\x32\x16.mint.runtime.v1.Lease\"#\n\x11ListLeasesRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\"<\n\x12ListLeasesResponse\x12&\n\x06leases\x18\x01 \x03(\x0b\x32\x16.mint.runtime.v1.Lease\"]\n\x0f\x43laimRunRequest\x12\x0e\n\x06holder\x18\x01 \x01(\t\x12\x12\n\nbase_model\x18\x02 \x01(\t\x12&\n\x03ttl\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"T\n\x10\x43laimRunResponse\x12\x19\n\x03run\x18\x01 \x01(\x0b\x32\x0c.mint.v1.Run\x12%\n\x05lease\x18\x02 \x01(\x0b\x32\x16.mint.runtime.v1.Lease\"\xab\x01\n\x10ReportRunRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1d\n\x05\x66\x65nce\x18\x02 \x01(\x0b\x32\x0e.mint.v1.Fence\x12&\n\x08progress\x18\x03 \x01(\x0b\x32\x14.mint.v1.RunProgress\x12!\n\x06\x65vents\x18\x04 \x03(\x0b\x32\x11.mint.v1.RunEvent\x12\x1f\n\x05steps\x18\x05 \x03(\x0b\x32\x10.mint.v1.RunStep\"-\n\x11ReportRunResponse\x12\x18\n\x10\x63\x61ncel_requested\x18\x01 \x01(\x08\"p\n\x1a\x43ommitTrainingStateRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1d\n\x05\x66\x65nce\x18\x02 \x01(\x0b\x32\x0e.mint.v1.Fence\x12%\n\x05state\x18\x03 \x01(\x0b\x32\x16.mint.v1.TrainingState\"7\n\x1b\x43ommitTrainingStateResponse\x12\x18\n\x10\x63\x61talog_revision\x18\x01 \x01(\x03\"\x9f\x01\n\x10\x46inishRunRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1d\n\x05\x66\x65nce\x18\x02 \x01(\x0b\x32\x0e.mint.v1.Fence\x12 \n\x05state\x18\x03 \x01(\x0e\x32\x11.mint.v1.RunState\x12\r\n\x05\x65rror\x18\x04 \x01(\t\x12\x11\n\tretriable\x18\x05 \x01(\x08\x12\x1a\n\x12published_revision\x18\x06 \x01(\t\".\n\x11\x46inishRunResponse\x12\x19\n\x03run\x18\x01 \x01(\x0b\x32\x0c.mint.v1.Run2\xb9\x06\n\x0bWorkService\x12[\n\x0c\x41\x63quireLease\x12$.mint.runtime.v1.AcquireLeaseRequest\x1a%.mint.runtime.v1.AcquireLeaseResponse\x12U\n\nRenewLease\x12\".mint.runtime.v1.RenewLeaseRequest\x1a#.mint.runtime.v1.RenewLeaseResponse\x12[\n\x0cReleaseLease\x12$.mint.runtime.v1.ReleaseLeaseRequest\x1a%.mint.runtime.v1.ReleaseLeaseResponse\x12W\n\nWatchLease\x12\".mint.runtime.v1.WatchLeaseRequest\x1a#.mint.runtime.v1.WatchLeaseResponse0\x01\x12U\n\nListLeases\x12\".mint.runtime.v1.ListLeasesRequest\x1a#.mint.runtime.v1.ListLeasesResponse\x12O\n\x08\x43laimRun\x12 .mint.runtime.v1.ClaimRunRequest\x1a!.mint.runtime.v1.ClaimRunResponse\x12R\n\tReportRun\x12!.mint.runtime.v1.ReportRunRequest\x1a\".mint.runtime.v1.ReportRunResponse\x12p\n\x13\x43ommitTrainingState\x12+.mint.runtime.v1.CommitTrainingStateRequest\x1a,.mint.runtime.v1.CommitTrainingStateResponse\x12R\n\tFinishRun\x12!.mint.runtime.v1.FinishRunRequest\x1a\".mint.runtime.v1.FinishRunResponseB3Z1mint.dev/api/gen/go/mint/runtime/v1;mintruntimev1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -49,26 +49,30 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RELEASELEASEREQUEST']._serialized_end=575
   _globals['_RELEASELEASERESPONSE']._serialized_start=577
   _globals['_RELEASELEASERESPONSE']._serialized_end=599
-  _globals['_LISTLEASESREQUEST']._serialized_start=601
-  _globals['_LISTLEASESREQUEST']._serialized_end=636
-  _globals['_LISTLEASESRESPONSE']._serialized_start=638
-  _globals['_LISTLEASESRESPONSE']._serialized_end=698
-  _globals['_CLAIMRUNREQUEST']._serialized_start=700
-  _globals['_CLAIMRUNREQUEST']._serialized_end=793
-  _globals['_CLAIMRUNRESPONSE']._serialized_start=795
-  _globals['_CLAIMRUNRESPONSE']._serialized_end=879
-  _globals['_REPORTRUNREQUEST']._serialized_start=882
-  _globals['_REPORTRUNREQUEST']._serialized_end=1053
-  _globals['_REPORTRUNRESPONSE']._serialized_start=1055
-  _globals['_REPORTRUNRESPONSE']._serialized_end=1100
-  _globals['_COMMITTRAININGSTATEREQUEST']._serialized_start=1102
-  _globals['_COMMITTRAININGSTATEREQUEST']._serialized_end=1214
-  _globals['_COMMITTRAININGSTATERESPONSE']._serialized_start=1216
-  _globals['_COMMITTRAININGSTATERESPONSE']._serialized_end=1271
-  _globals['_FINISHRUNREQUEST']._serialized_start=1274
-  _globals['_FINISHRUNREQUEST']._serialized_end=1433
-  _globals['_FINISHRUNRESPONSE']._serialized_start=1435
-  _globals['_FINISHRUNRESPONSE']._serialized_end=1481
-  _globals['_WORKSERVICE']._serialized_start=1484
-  _globals['_WORKSERVICE']._serialized_end=2220
+  _globals['_WATCHLEASEREQUEST']._serialized_start=601
+  _globals['_WATCHLEASEREQUEST']._serialized_end=651
+  _globals['_WATCHLEASERESPONSE']._serialized_start=653
+  _globals['_WATCHLEASERESPONSE']._serialized_end=712
+  _globals['_LISTLEASESREQUEST']._serialized_start=714
+  _globals['_LISTLEASESREQUEST']._serialized_end=749
+  _globals['_LISTLEASESRESPONSE']._serialized_start=751
+  _globals['_LISTLEASESRESPONSE']._serialized_end=811
+  _globals['_CLAIMRUNREQUEST']._serialized_start=813
+  _globals['_CLAIMRUNREQUEST']._serialized_end=906
+  _globals['_CLAIMRUNRESPONSE']._serialized_start=908
+  _globals['_CLAIMRUNRESPONSE']._serialized_end=992
+  _globals['_REPORTRUNREQUEST']._serialized_start=995
+  _globals['_REPORTRUNREQUEST']._serialized_end=1166
+  _globals['_REPORTRUNRESPONSE']._serialized_start=1168
+  _globals['_REPORTRUNRESPONSE']._serialized_end=1213
+  _globals['_COMMITTRAININGSTATEREQUEST']._serialized_start=1215
+  _globals['_COMMITTRAININGSTATEREQUEST']._serialized_end=1327
+  _globals['_COMMITTRAININGSTATERESPONSE']._serialized_start=1329
+  _globals['_COMMITTRAININGSTATERESPONSE']._serialized_end=1384
+  _globals['_FINISHRUNREQUEST']._serialized_start=1387
+  _globals['_FINISHRUNREQUEST']._serialized_end=1546
+  _globals['_FINISHRUNRESPONSE']._serialized_start=1548
+  _globals['_FINISHRUNRESPONSE']._serialized_end=1594
+  _globals['_WORKSERVICE']._serialized_start=1597
+  _globals['_WORKSERVICE']._serialized_end=2422
 # @@protoc_insertion_point(module_scope)

@@ -205,6 +205,54 @@ class ReleaseLeaseResponse(_message.Message):
 Global___ReleaseLeaseResponse: _TypeAlias = ReleaseLeaseResponse  # noqa: Y015
 
 @_typing.final
+class WatchLeaseRequest(_message.Message):
+    """Request of WatchLease."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FENCE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def fence(self) -> _common_pb2.Fence:
+        """Proof."""
+
+    def __init__(
+        self,
+        *,
+        fence: _common_pb2.Fence | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["fence", b"fence"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fence", b"fence"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchLeaseRequest: _TypeAlias = WatchLeaseRequest  # noqa: Y015
+
+@_typing.final
+class WatchLeaseResponse(_message.Message):
+    """Response of WatchLease."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEASE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def lease(self) -> Global___Lease:
+        """The lease as it is."""
+
+    def __init__(
+        self,
+        *,
+        lease: Global___Lease | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["lease", b"lease"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease", b"lease"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchLeaseResponse: _TypeAlias = WatchLeaseResponse  # noqa: Y015
+
+@_typing.final
 class ListLeasesRequest(_message.Message):
     """Request of ListLeases."""
 
@@ -451,9 +499,9 @@ class FinishRunRequest(_message.Message):
     name: _builtins.str
     """tenants/{tenant}/runs/{run}"""
     state: _run_service_pb2.RunState.ValueType
-    """SUCCEEDED, FAILED or CANCELLED."""
+    """SUCCEEDED, FAILED or CANCELLED; or QUEUED: the worker goes away and gives the run back, which is no failure."""
     error: _builtins.str
-    """Why it failed: "REASON: sentence"."""
+    """Why it failed: "REASON: sentence"; or why it is given back."""
     retriable: _builtins.bool
     """With FAILED: another attempt may succeed."""
     published_revision: _builtins.str

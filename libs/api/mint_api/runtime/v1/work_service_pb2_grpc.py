@@ -50,6 +50,11 @@ class WorkServiceStub:
                 request_serializer=mint_dot_runtime_dot_v1_dot_work__service__pb2.ReleaseLeaseRequest.SerializeToString,
                 response_deserializer=mint_dot_runtime_dot_v1_dot_work__service__pb2.ReleaseLeaseResponse.FromString,
                 _registered_method=True)
+        self.WatchLease = channel.unary_stream(
+                '/mint.runtime.v1.WorkService/WatchLease',
+                request_serializer=mint_dot_runtime_dot_v1_dot_work__service__pb2.WatchLeaseRequest.SerializeToString,
+                response_deserializer=mint_dot_runtime_dot_v1_dot_work__service__pb2.WatchLeaseResponse.FromString,
+                _registered_method=True)
         self.ListLeases = channel.unary_unary(
                 '/mint.runtime.v1.WorkService/ListLeases',
                 request_serializer=mint_dot_runtime_dot_v1_dot_work__service__pb2.ListLeasesRequest.SerializeToString,
@@ -113,6 +118,17 @@ class WorkServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def WatchLease(self, request, context):
+        """Tells at once when a lease is lost: answers the lease first, then nothing until the call ends with LEASE_LOST.
+
+        Errors:
+        * FAILED_PRECONDITION / LEASE_LOST: it ended or was superseded.
+        * UNAVAILABLE: the catalog is stopping; watch again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListLeases(self, request, context):
         """Lists the leases that live now.
 
@@ -163,8 +179,8 @@ class WorkServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def FinishRun(self, request, context):
-        """Ends a run and releases the claim's lease in the same transaction. A retriable failure puts it back in the
-        queue until its attempts are used up. The same call again answers the stored run.
+        """Ends a run, or gives it back, and releases the claim's lease in the same transaction. A retriable failure puts it
+        back in the queue, after a pause, until its attempts are used up. The same call again answers the stored run.
 
         Errors:
         * FAILED_PRECONDITION / LEASE_LOST: the fence was superseded.
@@ -191,6 +207,11 @@ def add_WorkServiceServicer_to_server(servicer, server):
                     servicer.ReleaseLease,
                     request_deserializer=mint_dot_runtime_dot_v1_dot_work__service__pb2.ReleaseLeaseRequest.FromString,
                     response_serializer=mint_dot_runtime_dot_v1_dot_work__service__pb2.ReleaseLeaseResponse.SerializeToString,
+            ),
+            'WatchLease': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchLease,
+                    request_deserializer=mint_dot_runtime_dot_v1_dot_work__service__pb2.WatchLeaseRequest.FromString,
+                    response_serializer=mint_dot_runtime_dot_v1_dot_work__service__pb2.WatchLeaseResponse.SerializeToString,
             ),
             'ListLeases': grpc.unary_unary_rpc_method_handler(
                     servicer.ListLeases,
@@ -300,6 +321,33 @@ class WorkService:
             '/mint.runtime.v1.WorkService/ReleaseLease',
             mint_dot_runtime_dot_v1_dot_work__service__pb2.ReleaseLeaseRequest.SerializeToString,
             mint_dot_runtime_dot_v1_dot_work__service__pb2.ReleaseLeaseResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchLease(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/mint.runtime.v1.WorkService/WatchLease',
+            mint_dot_runtime_dot_v1_dot_work__service__pb2.WatchLeaseRequest.SerializeToString,
+            mint_dot_runtime_dot_v1_dot_work__service__pb2.WatchLeaseResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -53,6 +53,13 @@ class WorkServiceStub:
     Errors:
     * INVALID_ARGUMENT / INVALID_FIELD: bad resource.
     """
+    WatchLease: _grpc.UnaryStreamMultiCallable[_work_service_pb2.WatchLeaseRequest, _work_service_pb2.WatchLeaseResponse]
+    """Tells at once when a lease is lost: answers the lease first, then nothing until the call ends with LEASE_LOST.
+
+    Errors:
+    * FAILED_PRECONDITION / LEASE_LOST: it ended or was superseded.
+    * UNAVAILABLE: the catalog is stopping; watch again.
+    """
     ListLeases: _grpc.UnaryUnaryMultiCallable[_work_service_pb2.ListLeasesRequest, _work_service_pb2.ListLeasesResponse]
     """Lists the leases that live now.
 
@@ -87,8 +94,8 @@ class WorkServiceStub:
     * FAILED_PRECONDITION / WRONG_STATE: the run has ended, or the step is older than the current state's.
     """
     FinishRun: _grpc.UnaryUnaryMultiCallable[_work_service_pb2.FinishRunRequest, _work_service_pb2.FinishRunResponse]
-    """Ends a run and releases the claim's lease in the same transaction. A retriable failure puts it back in the
-    queue until its attempts are used up. The same call again answers the stored run.
+    """Ends a run, or gives it back, and releases the claim's lease in the same transaction. A retriable failure puts it
+    back in the queue, after a pause, until its attempts are used up. The same call again answers the stored run.
 
     Errors:
     * FAILED_PRECONDITION / LEASE_LOST: the fence was superseded.
@@ -119,6 +126,13 @@ class WorkServiceAsyncStub(WorkServiceStub):
 
     Errors:
     * INVALID_ARGUMENT / INVALID_FIELD: bad resource.
+    """
+    WatchLease: _aio.UnaryStreamMultiCallable[_work_service_pb2.WatchLeaseRequest, _work_service_pb2.WatchLeaseResponse]  # type: ignore[assignment]
+    """Tells at once when a lease is lost: answers the lease first, then nothing until the call ends with LEASE_LOST.
+
+    Errors:
+    * FAILED_PRECONDITION / LEASE_LOST: it ended or was superseded.
+    * UNAVAILABLE: the catalog is stopping; watch again.
     """
     ListLeases: _aio.UnaryUnaryMultiCallable[_work_service_pb2.ListLeasesRequest, _work_service_pb2.ListLeasesResponse]  # type: ignore[assignment]
     """Lists the leases that live now.
@@ -154,8 +168,8 @@ class WorkServiceAsyncStub(WorkServiceStub):
     * FAILED_PRECONDITION / WRONG_STATE: the run has ended, or the step is older than the current state's.
     """
     FinishRun: _aio.UnaryUnaryMultiCallable[_work_service_pb2.FinishRunRequest, _work_service_pb2.FinishRunResponse]  # type: ignore[assignment]
-    """Ends a run and releases the claim's lease in the same transaction. A retriable failure puts it back in the
-    queue until its attempts are used up. The same call again answers the stored run.
+    """Ends a run, or gives it back, and releases the claim's lease in the same transaction. A retriable failure puts it
+    back in the queue, after a pause, until its attempts are used up. The same call again answers the stored run.
 
     Errors:
     * FAILED_PRECONDITION / LEASE_LOST: the fence was superseded.
@@ -201,6 +215,19 @@ class WorkServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Errors:
         * INVALID_ARGUMENT / INVALID_FIELD: bad resource.
+        """
+
+    @_abc_1.abstractmethod
+    def WatchLease(
+        self,
+        request: _work_service_pb2.WatchLeaseRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_work_service_pb2.WatchLeaseResponse], _abc.AsyncIterator[_work_service_pb2.WatchLeaseResponse]]:
+        """Tells at once when a lease is lost: answers the lease first, then nothing until the call ends with LEASE_LOST.
+
+        Errors:
+        * FAILED_PRECONDITION / LEASE_LOST: it ended or was superseded.
+        * UNAVAILABLE: the catalog is stopping; watch again.
         """
 
     @_abc_1.abstractmethod
@@ -266,8 +293,8 @@ class WorkServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _work_service_pb2.FinishRunRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_work_service_pb2.FinishRunResponse, _abc.Awaitable[_work_service_pb2.FinishRunResponse]]:
-        """Ends a run and releases the claim's lease in the same transaction. A retriable failure puts it back in the
-        queue until its attempts are used up. The same call again answers the stored run.
+        """Ends a run, or gives it back, and releases the claim's lease in the same transaction. A retriable failure puts it
+        back in the queue, after a pause, until its attempts are used up. The same call again answers the stored run.
 
         Errors:
         * FAILED_PRECONDITION / LEASE_LOST: the fence was superseded.
