@@ -39,8 +39,16 @@ test-matrix: setup ## Kill every process at every phase of a GRPO step (20 minut
 	$(PYTEST) tests/fault -m matrix
 
 .PHONY: test-history
-test-history: setup ## 20 seeded histories of the catalog with kills, checked (15 minutes); CI runs two short ones
+test-history: setup ## 20 seeded histories of the catalog with kills, checked (10 minutes); CI runs two short ones
 	$(PYTEST) tests/fault/test_catalog_history.py -m history
+
+.PHONY: bench-catalog
+bench-catalog: setup ## The catalog at a million policies (an hour; ARGS="--num 20000 --skip mlflow" for less)
+	$(PYTHON) -m bench.catalog $(ARGS)
+
+.PHONY: bench-docs
+bench-docs: setup ## Write the tables of docs/benchmarks.md from bench/results
+	$(PYTHON) -m bench.docs
 
 .PHONY: check
 check: lint types protos-check test ## What CI runs: lint, types, protos, tests

@@ -15,14 +15,13 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, Final
 
-import grpc
 import numpy as np
 
 from bench.support import mlflow
+from bench.support.clients import Clients, clients_of, resolve
 from bench.support.population import (
     TENANT,
     alias_name,
@@ -41,8 +40,6 @@ from mint_api.v1 import (
     alias_service_pb2_grpc,
     common_pb2,
     policy_service_pb2,
-    policy_service_pb2_grpc,
-    revision_service_pb2_grpc,
 )
 from mint_blobs.s3 import S3ObjectStore
 from mint_catalog.keys import NUM_SHARDS, Keys
@@ -71,40 +68,6 @@ _SMALL: Final = 1_000
 _PAGE: Final = 1_000
 _NUM_SPLIT: Final = 100
 """Policies with two revisions, whose alias is moved back and forth."""
-_METADATA: Final = (("mint-principal", "bench"),)
-
-
-class Clients:
-    """Stubs of one catalog."""
-
-    def __init__(self, public: grpc.aio.Channel, runtime: grpc.aio.Channel) -> None:
-        self.public, self.runtime = public, runtime
-        self.policies: Any = policy_service_pb2_grpc.PolicyServiceStub(public)
-        self.aliases: Any = alias_service_pb2_grpc.AliasServiceStub(public)
-        self.revisions: Any = revision_service_pb2_grpc.RevisionServiceStub(public)
-
-    async def resolve(self, name: str, *, strong: bool = False) -> Any:
-        return await _resolve(self.aliases, name, strong=strong)
-
-    async def create(self, request: policy_service_pb2.CreatePolicyRequest) -> Any:
-        return await self.policies.CreatePolicy(request, timeout=30, metadata=_METADATA)
-
-    async def promote(self, name: str, number: int) -> Any:
-        request = alias_service_pb2.PromoteAliasRequest(name=name, revision_number=number, reason="bench")
-        return await self.aliases.PromoteAlias(request, timeout=30, metadata=_METADATA)
-
-
-async def _resolve(stub: Any, name: str, *, strong: bool = False) -> Any:
-    request = alias_service_pb2.ResolveRequest(name=name)
-    if strong:
-        request.consistency.strong = True
-    return await stub.Resolve(request, timeout=30, metadata=_METADATA)
-
-
-@contextlib.asynccontextmanager
-async def _clients(catalog: CatalogServer) -> AsyncIterator[Clients]:
-    async with connect(catalog.public, retry=False) as public, connect(catalog.runtime, retry=False) as runtime:
-        yield Clients(public, runtime)
 
 
 class Bench:
@@ -135,14 +98,14 @@ class Bench:
             self.catalog = CatalogServer(self.etcd.endpoint, store, self.folder / "catalog.log")
             async with RawEtcd(self.etcd.endpoint) as raw, S3ObjectStore(store) as objects:
                 await self.catalog.ready()
-                async with _clients(self.catalog) as clients:
+                async with clients_of(self.catalog) as clients:
                     begun = time.perf_counter()
                     self.blobs = await store_blobs(clients.public, clients.runtime, objects, self.options.blobs)
                     self.report.detail("num_blobs", len(self.blobs))
                     self.report.detail("blobs_stored_s", time.perf_counter() - begun)
                 await self._populate_and_resolve(raw)
                 await self.catalog.ready()
-                async with _clients(self.catalog) as clients:
+                async with clients_of(self.catalog) as clients:
                     await self._stages(clients, raw)
                 if self.wanted("restart"):
                     await self._restart()
@@ -168,13 +131,13 @@ class Bench:
     async def _populate_and_resolve(self, raw: RawEtcd) -> None:
         """Fill the catalog; resolve uncached at a thousand policies and at all of them."""
         small = min(_SMALL, self.num)
-        async with _clients(self.catalog) as clients:
+        async with clients_of(self.catalog) as clients:
             await import_policies(clients.public, range(small), self.blobs)
-        async with self.catalog.with_settings(cache_entries=0), _clients(self.catalog) as clients:
+        async with self.catalog.with_settings(cache_entries=0), clients_of(self.catalog) as clients:
             early = await self._uncached(clients, raw, small)
         await self.catalog.ready()
         before = await raw.size_bytes()
-        async with _clients(self.catalog) as clients:
+        async with clients_of(self.catalog) as clients:
             begun = time.perf_counter()
 
             def progress(num_created: int) -> None:
@@ -197,7 +160,7 @@ class Bench:
             self.report.detail("etcd_db_mb", await raw.size_bytes(in_use=False) / 2**20)
             self.report.detail("import_catalog_rss_mb", self.catalog.rss_bytes / 2**20)
             await import_policies(clients.public, range(self.num, self.num + _NUM_SPLIT), self.blobs, num_revisions=2)
-        async with self.catalog.with_settings(cache_entries=0), _clients(self.catalog) as clients:
+        async with self.catalog.with_settings(cache_entries=0), clients_of(self.catalog) as clients:
             late = await self._uncached(clients, raw, self.num)
         self.report.detail("resolve_p50_small_us", early["resolve"] * 1e6)
         self.report.detail("resolve_p50_us", late["resolve"] * 1e6)
@@ -212,15 +175,15 @@ class Bench:
         keys = [self.keys.alias(AliasName.parse(name)) for name in names]
         num_calls = self.options.calls
 
-        async def resolve(rep: int) -> float:
+        async def resolved(rep: int) -> float:
             return await median_s(lambda n: clients.resolve(names[n % len(names)]), num_calls, rep * num_calls)
 
         async def get(rep: int) -> float:
             return await median_s(lambda n: raw.get(keys[n % len(keys)]), num_calls, rep * num_calls)
 
-        await resolve(0)
+        await resolved(0)
         await get(0)
-        taken = await interleaved({"resolve": resolve, "etcd": get}, self.options.reps)
+        taken = await interleaved({"resolve": resolved, "etcd": get}, self.options.reps)
         ratios = [a / b for a, b in zip(taken["resolve"], taken["etcd"], strict=True)]
         medians = {name: statistics.median(values) for name, values in taken.items()}
         return {**medians, "ratio": statistics.median(ratios)}
@@ -262,7 +225,7 @@ class Bench:
 
                 async def measure(stub: Any, rep: int) -> tuple[float, int]:
                     return await throughput(
-                        lambda n: _resolve(stub, names[n % len(names)]),
+                        lambda n: resolve(stub, names[n % len(names)]),
                         num_callers=options.callers,
                         seconds=options.seconds,
                         start=rep * 40_000,
@@ -394,7 +357,7 @@ class Bench:
         numbers = self.random.sample(range(self.num), min(1000, self.num))
 
         async def read() -> list[bytes]:
-            async with _clients(self.catalog) as clients:
+            async with clients_of(self.catalog) as clients:
                 records = []
                 for number in numbers:
                     alias = alias_service_pb2.GetAliasRequest(name=alias_name(number))
@@ -416,7 +379,7 @@ class Bench:
                 self.etcd.restart()
                 self.report.detail("etcd_restart_s", time.perf_counter() - begun)
             seconds = await self.catalog.ready()
-            async with _clients(self.catalog) as clients:
+            async with clients_of(self.catalog) as clients:
                 begun = time.perf_counter()
                 await clients.resolve(alias_name(numbers[0]))
                 taken.append(seconds + time.perf_counter() - begun)

@@ -16,7 +16,8 @@ from mint_api.v1 import common_pb2, policy_service_pb2
 
 __all__ = ["side_by_side"]
 
-_NUM_MODELS: Final = 100
+_NUM_MODELS: Final = 500
+"""Enough that an alias moves a handful of times, as aliases do; the catalog keeps the history of its moves."""
 _NUM_CALLS: Final = 100
 _NUM_CALLERS: Final = 8
 

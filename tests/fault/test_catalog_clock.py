@@ -23,7 +23,7 @@ from mint_api.v1 import (
 from mint_core import errors
 from support.catalog_rig import CatalogProcess, Rig, running_catalog
 from support.etcd import EtcdServer, running_etcd
-from support.wrong_clock import find_libfaketime, jumping_clock, set_clock, wrong_clock
+from support.wrong_clock import find_libfaketime, jumping_clock, set_clock, stop, wrong_clock
 
 HOUR_S = 3600
 TTL_S = 2
@@ -59,7 +59,7 @@ def wrong(etcd: EtcdServer, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         yield catalogs
     finally:
         for catalog in catalogs:
-            catalog.stop()
+            stop(catalog)
 
 
 async def _start(catalogs: list[CatalogProcess]) -> None:
@@ -119,7 +119,7 @@ async def test_a_request_id_at_midnight(
                 answers = await asyncio.gather(*sending)
                 assert all(answer == answers[0] for answer in answers)
     finally:
-        tomorrow.stop()
+        stop(tomorrow)
 
 
 async def test_a_lease_lives_as_long_as_it_is_renewed(rigs: list[Rig]) -> None:
@@ -310,4 +310,4 @@ async def test_a_clock_that_jumps_an_hour_and_back(etcd: EtcdServer, tmp_path: P
             assert event.catalog_revision == moved.catalog_revision
             await watch.aclose()
     finally:
-        catalog.stop()
+        stop(catalog)

@@ -43,6 +43,7 @@ async def test_a_short_history(plan: Plan, tmp_path: Path, row: Callable[[str], 
 
 
 @pytest.mark.history
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("plan", LONG, ids=_name)
 async def test_a_long_history(plan: Plan, tmp_path: Path, row: Callable[[str], None]) -> None:
     await _run(plan, tmp_path, row)

@@ -67,7 +67,6 @@ async def _expect(etcd: EtcdServer, seed: int, says: str, **weights: int) -> Non
     """The bug is found, at the latest in the third history: each is short, and what it meets is up to chance."""
     for each in range(seed, seed + 3):
         found = [violation for violation in await _violations(etcd, each, **weights) if says in violation]
-        print(len(found), each)
         if found:
             return
     raise AssertionError(f"nothing was found that says {says!r}")

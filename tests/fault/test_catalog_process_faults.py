@@ -21,7 +21,7 @@ from etcd3aio import _protobuf as pb
 
 from mint_api.runtime.v1 import work_service_pb2
 from mint_api.v1 import alias_service_pb2, common_pb2, policy_service_pb2, run_service_pb2
-from mint_catalog import app, members
+from mint_catalog import app, space
 from mint_catalog.etcd import EtcdStore
 from mint_catalog.settings import CatalogSettings
 from mint_catalog.store import Put
@@ -234,7 +234,7 @@ async def test_what_a_catalog_answers_while_etcd_is_away(etcd: EtcdServer) -> No
 @pytest.mark.timeout(180)
 async def test_a_full_etcd_says_so_and_recovers(monkeypatch: pytest.MonkeyPatch) -> None:
     """By itself once history is compacted, or after an operator has done all by hand; never by a restart."""
-    monkeypatch.setattr(app, "watch_space", functools.partial(members.watch_space, interval_s=0.2))
+    monkeypatch.setattr(app, "watch_space", functools.partial(space.watch_space, interval_s=0.2, retry_s=0.5))
     with running_etcd("--quota-backend-bytes=8388608", in_memory=True) as etcd:
         async with running_catalog(etcd) as rig:
             policy = await _policy_with_alias(rig)

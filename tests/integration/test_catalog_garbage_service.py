@@ -153,7 +153,7 @@ async def test_command_line(rig: Rig, store: S3ObjectStore) -> None:
     await rig.revision(policy, "one")
     short = f"{tenant}/{policy.rpartition('/')[2]}@1"
     assert "RETIRED" in await run("revision", "retire", short, "--catalog", rig.public_address)
-    assert "is deleted" in await run("revision", "delete", short, "--catalog", rig.public_address)
+    assert f"deleted {short}" in await run("revision", "delete", short, "--catalog", rig.public_address)
 
 
 async def test_without_a_store_and_one_at_a_time(etcd: EtcdServer, rig: Rig, store: S3ObjectStore) -> None:

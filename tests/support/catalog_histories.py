@@ -19,13 +19,19 @@ from typing import Final
 from support.catalog_rig import CatalogProcess, Rig
 from support.catalog_workload import Client, World
 from support.etcd import EtcdCluster, EtcdServer, running_etcd, running_etcd_cluster
+from support.history import History
 from support.linearizability import Outcome
 
 __all__ = ["Plan", "Result", "run_plan"]
 
 # Elections take a quarter of etcd's usual time, so that an outage is short and many fit into a run.
 _ETCD_OPTIONS: Final = ("--heartbeat-interval=100", "--election-timeout=500")
-_CATALOG: Final = {"MINT_CATALOG_ETCD__CALL_TIMEOUT_S": "1", "MINT_CATALOG_LOG_LEVEL": "WARNING"}
+_STALENESS_S: Final = 2.0
+_CATALOG: Final = {
+    "MINT_CATALOG_CACHE_STALENESS_S": str(_STALENESS_S),
+    "MINT_CATALOG_ETCD__CALL_TIMEOUT_S": "1",
+    "MINT_CATALOG_LOG_LEVEL": "WARNING",
+}
 _QUIET_START: Final = 0.05
 _QUIET_END: Final = 0.95
 
@@ -124,7 +130,7 @@ class _Killer:
 async def run_plan(plan: Plan, folder: Path) -> Result:
     """Run a plan and check its history; logs go to ``folder``."""
     started = time.monotonic()
-    world = World()
+    world = World(History(staleness_s=_STALENESS_S))
     starting = running_etcd_cluster if plan.cluster else running_etcd
     with starting(*_ETCD_OPTIONS, in_memory=True) as etcd:
         async with _two_catalogs(etcd, folder) as catalogs, contextlib.AsyncExitStack() as stack:

@@ -266,10 +266,20 @@ class CatalogProcess:
     def rig(self) -> contextlib.AbstractAsyncContextManager[Rig]:
         return connected(self._public, self._runtime)
 
+    @property
+    def pid(self) -> int:
+        """Its process id; 0 while it does not run."""
+        return self._process.pid if self._process else 0
+
     def wait_for_death(self) -> int:
         """Wait until it has ended by itself; its exit code."""
         assert self._process is not None
         return self._process.wait(15)
+
+    def send(self, signal_number: int) -> None:
+        """Signal it, and do not wait."""
+        assert self._process is not None, "the catalog is not running"
+        self._process.send_signal(signal_number)
 
     def stop(self, signal_number: int = signal.SIGKILL) -> int:
         """Signal it and wait; its exit code."""

@@ -92,7 +92,7 @@ class Record:
 class History:
     """Recorded calls; ``check`` looks at all of them."""
 
-    staleness_s: float = 10.0
+    staleness_s: float = 5.0
     """How old the answer of a read may be that asks for nothing."""
     records: list[Record] = field(default_factory=list)
 

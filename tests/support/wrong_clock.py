@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-__all__ = ["find_libfaketime", "jumping_clock", "set_clock", "wrong_clock"]
+from support.catalog_rig import CatalogProcess
+
+__all__ = ["find_libfaketime", "jumping_clock", "set_clock", "stop", "wrong_clock"]
 
 
 def find_libfaketime() -> Path | None:
@@ -33,3 +35,11 @@ def set_clock(file: Path, offset_s: int) -> None:
     new = file.with_suffix(".new")
     new.write_text(f"{offset_s:+d}\n")
     new.replace(file)
+
+
+def stop(catalog: CatalogProcess) -> None:
+    """Kill a catalog under one of these environments, and remove the files that libfaketime names by its id."""
+    pid = catalog.pid
+    catalog.stop()
+    for name in (f"faketime_shm_{pid}", f"sem.faketime_sem_{pid}"):
+        (Path("/dev/shm") / name).unlink(missing_ok=True)

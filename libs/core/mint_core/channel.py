@@ -31,8 +31,8 @@ _RETRY_POLICY = {
                 "retryableStatusCodes": ["UNAVAILABLE"],
             },
         },
-        # The calls that stream to a server: their clients know how to go on or begin anew. Repeated by gRPC itself while
-        # the connection breaks, they make gRPC 1.85 abort the process ("pending == nullptr").
+        # The calls that stream to a server: their clients know how to go on or begin anew. Repeated by gRPC itself
+        # while the connection breaks, they make gRPC 1.85 abort the process ("pending == nullptr").
         {
             "name": [
                 {"service": "mint.v1.BlobService", "method": "UploadBlob"},

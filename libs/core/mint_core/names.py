@@ -6,9 +6,10 @@ Ids are ``[a-z0-9][a-z0-9._-]{0,62}`` without ``..``, so that no name can climb 
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar, NoReturn, Self
 
 from mint_core.errors import InvalidArgument
 
@@ -66,6 +67,14 @@ def check_digest(value: str, *, field: str) -> str:
     return value
 
 
+@functools.cache
+def _matcher(pattern: str) -> re.Pattern[str]:
+    """Matches names of a pattern; a group for each attribute. That ids have no ``..`` is left to the caller."""
+    kinds = {"{number}": _NUMBER, "{seq}": _NUMBER, "{digest}": _DIGEST}
+    parts = [f"({kinds.get(part, _ID).pattern})" if part[0] == "{" else re.escape(part) for part in pattern.split("/")]
+    return re.compile("/".join(parts))
+
+
 @dataclass(frozen=True, slots=True, order=True)
 class ResourceName:
     """Base of all names; a subclass states its ``pattern`` with one ``{attribute}`` per id."""
@@ -75,28 +84,34 @@ class ResourceName:
     @classmethod
     def parse(cls, name: str, *, field: str = "name") -> Self:
         """Parse ``name``; :class:`InvalidArgument` names ``field`` and the expected pattern."""
+        match = _matcher(cls.pattern).fullmatch(name)
+        if match is None or ".." in name:
+            cls._refuse(name, field)
+        ids: list[str | int] = [*match.groups()]
+        if cls.pattern.endswith(("{number}", "{seq}")):
+            ids[-1] = int(ids[-1])
+        return cls(*ids)
+
+    @classmethod
+    def _refuse(cls, name: str, field: str) -> NoReturn:
+        """Raise :class:`InvalidArgument` for a name that does not match, saying what is wrong with it."""
         expected = cls.pattern.split("/")
         parts = name.split("/")
         if len(parts) != len(expected) or any(
             not want.startswith("{") and want != got for want, got in zip(expected, parts, strict=True)
         ):
             raise InvalidArgument(f"{field} is {_shown(name)}: expected {cls.pattern}", field=field)
-        ids: dict[str, str | int] = {}
         for want, got in zip(expected, parts, strict=True):
-            if not want.startswith("{"):
-                continue
-            key = want[1:-1]
-            if key in ("number", "seq"):
+            if want in ("{number}", "{seq}"):
                 if not _NUMBER.fullmatch(got):
                     raise InvalidArgument(
-                        f"{field} is {_shown(name)}: {key} must be a positive whole number", field=field
+                        f"{field} is {_shown(name)}: {want[1:-1]} must be a positive whole number", field=field
                     )
-                ids[key] = int(got)
-            elif key == "digest":
-                ids[key] = check_digest(got, field=field)
-            else:
-                ids[key] = check_id(got, field=field)
-        return cls(**ids)
+            elif want == "{digest}":
+                check_digest(got, field=field)
+            elif want.startswith("{"):
+                check_id(got, field=field)
+        raise InvalidArgument(f"{field} is {_shown(name)}: expected {cls.pattern}", field=field)
 
     def __str__(self) -> str:
         return self.pattern.format(**{key: getattr(self, key) for key in self.__dataclass_fields__})

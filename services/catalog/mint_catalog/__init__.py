@@ -12,6 +12,8 @@ never touches a tensor. ``python -m mint_catalog`` starts it.
     draft, requests, tables, paging, changes: transactions, request ids, tables, pages and streams over a store
     keys.py      where everything lies                    store.py  the key-value contract
     etcd.py      that contract over etcd                  watch.py  one watch loop, fanned out
+    duty.py      jobs of one catalog at a time            garbage/  what nothing refers to, and what is past its time
+    members.py, space.py: etcd's members one by one, defragmentation, the way back from a full database
 """
 
 from __future__ import annotations

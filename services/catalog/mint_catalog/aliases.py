@@ -134,9 +134,11 @@ class Aliases:
         check_text(move.reason, field="reason", max_chars=_MAX_REASON)
         policy = move.name.parent
         head_ref, ref = self._tables.policy(policy), self._tables.alias(move.name)
+        number = move.revision_number
+        named = [self._tables.revision(RevisionName(policy.tenant, policy.policy, number))] if number else []
 
         async def body(draft: Draft) -> Answer[Alias]:
-            await draft.fetch(head_ref, ref)
+            await draft.fetch(head_ref, ref, *named)  # all in one read
             draft.reason = move.reason
             head, alias = live_policy(draft.get(head_ref), policy), draft.get(ref)
             if alias is None and not may_create:

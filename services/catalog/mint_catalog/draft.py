@@ -80,20 +80,24 @@ class Draft:
         """Why, in the caller's words; kept in the audit trail."""
 
     async def fetch(self, *refs: Ref[Any], compare: bool = True) -> None:
-        """Read records at one revision; they are compared on commit unless ``compare`` is off."""
-        keys = [ref.key for ref in refs]
+        """Read records at one revision; they are compared on commit unless ``compare`` is off.
+
+        What this draft has read already is not read again.
+        """
+        keys = [ref.key for ref in refs if ref.key not in self._seen]
         new_request_keys = [key for key in self._request_keys if key not in self._compares]
-        result = await self._store.get([*keys, *new_request_keys])
-        self.revision = result.revision
-        for key, kv in zip(keys, result.values, strict=False):
-            self._seen[key] = kv
-            self._decoded.pop(key, None)
-            if compare:
-                self._compares.setdefault(key, Compare(key, Field.MOD, kv.mod_revision if kv else 0))
-        for key, kv in zip(new_request_keys, result.values[len(keys) :], strict=True):
-            self._compares[key] = Compare(key, Field.MOD, 0)
-            if kv is not None and self._request is not None:
-                raise _Replayed(self._request.decode(kv))
+        if keys or new_request_keys:
+            result = await self._store.get([*keys, *new_request_keys])
+            self.revision = result.revision
+            self._seen.update(zip(keys, result.values, strict=False))
+            for key, kv in zip(new_request_keys, result.values[len(keys) :], strict=True):
+                self._compares[key] = Compare(key, Field.MOD, 0)
+                if kv is not None and self._request is not None:
+                    raise _Replayed(self._request.decode(kv))
+        if compare:
+            for ref in refs:
+                kv = self._seen[ref.key]
+                self._compares.setdefault(ref.key, Compare(ref.key, Field.MOD, kv.mod_revision if kv else 0))
 
     def get(self, ref: Ref[R]) -> R | None:
         """A record that was fetched, None when it is absent."""

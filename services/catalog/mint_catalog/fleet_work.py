@@ -58,7 +58,7 @@ FLEET_DUTY: Final = "fleet"
 
 _logger = get_logger(__name__)
 _METHOD: Final = "mint.v1.FleetService/CreateFleetOperation"
-_NUM_AT_ONCE: Final = 8
+_NUM_AT_ONCE: Final = 16
 _MAX_OPERATIONS: Final = 64
 _CHUNK: Final = 40
 _LOOKED_AT: Final = 16

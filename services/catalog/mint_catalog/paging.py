@@ -38,7 +38,6 @@ _DEFAULT_PAGE: Final = 50
 _MAX_PAGE: Final = 1000
 _MAX_EXAMINED: Final = 5000
 _MAX_PAGE_BYTES: Final = 2 * 1024 * 1024
-_MAX_PAGE_BYTES: Final = 2 * 1024 * 1024
 _HEADER: Final = struct.Struct(">Q8s")
 
 

@@ -135,7 +135,7 @@ class Revisions:
                 object_key=record.object_key,
             )
             draft.put(head_ref, replace(head, next_revision_number=number + 1, update_time=revision.publish_time))
-            draft.touch(blob_ref)
+            draft.hold(blob_ref)  # publications of one blob do not conflict; a condemnation under way loses
             if published_ref is not None:
                 draft.put(published_ref, Published(number, record.blob))
             await _BEFORE.reached()

@@ -110,7 +110,7 @@ class Runs:
         for digest, ref in refs.items():
             record = verified_blob(draft.get(ref), blobs[digest])
             sizes[digest] = record.blob or BlobRef(digest)
-            draft.touch(ref)  # a condemnation under way loses
+            draft.hold(ref)  # a condemnation under way loses
         return sizes
 
     async def _check_evaluated(self, draft: Draft, wanted: Run, head: Policy) -> None:

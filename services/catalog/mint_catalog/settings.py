@@ -81,7 +81,7 @@ class CatalogSettings(ServiceSettings):
     """A watcher further behind than this reads on from etcd's history instead of from memory."""
 
     cache_entries: int = Field(default=100_000, ge=0)
-    """Aliases that Resolve answers from memory, about 1 KiB each; 0 keeps none."""
+    """Aliases that Resolve answers from memory, about 1.5 KiB each; 0 keeps none."""
 
     cache_staleness_s: float = Field(default=5.0, gt=0)
     """What Resolve answers from memory is no older than this."""

@@ -224,9 +224,14 @@ class Hub:
         What was written before a look lies at or below the head that it finds: once the hub has been there, it has
         told all of that, however late. The arrival of changes says less: after an outage they are old ones.
         """
-        asked_at_s = self._now_s()
+        asked_at_s, position = self._now_s(), self._position
         revision = (await self._store.get([self._keys.tick])).revision
-        if self._head is None:
+        if revision < position:
+            _logger.error(
+                "etcd has gone back in time, as if restored under a running catalog; restart the catalog",
+                extra={"fields": {"position": position, "head": revision}},
+            )
+        elif self._head is None:
             self._head = (asked_at_s, revision)
             self._note_progress()
 

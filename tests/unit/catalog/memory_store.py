@@ -41,6 +41,8 @@ class MemoryStore:
         self.revision = 1
         self.time_s = 0.0
         self.num_txns = 0
+        """Transactions applied."""
+        self.num_tried_txns = 0
         self.fail_next_txn: str = ""
         """"before" or "after": raise Unavailable before or after applying the next transaction."""
         self._compacted = 0
@@ -103,6 +105,7 @@ class MemoryStore:
         for operation in operations:
             if isinstance(operation, Put) and operation.lease and operation.lease not in self._leases:
                 raise LeaseGone("requested lease not found")
+        self.num_tried_txns += 1
         succeeded = all(self._holds(compare) for compare in compares)
         if succeeded:
             self.num_txns += 1

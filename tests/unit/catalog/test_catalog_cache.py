@@ -474,3 +474,18 @@ async def test_the_hub_has_told_all_of_a_time_only_once_it_is_where_the_store_wa
     task.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await task
+
+
+async def test_a_store_that_went_back_in_time_is_not_taken_for_one_that_was_told_of() -> None:
+    store, now_s = SlowStore(), 1000.0
+    await store.txn([], [Put(KEYS.tick, b"x")])
+    hub = Hub(store, KEYS, now_s=lambda: now_s)
+    task = asyncio.create_task(hub.run())
+    await _turns()
+    await hub.look()
+    now_s, store.revision = 1010.0, 1
+    await hub.look()
+    assert hub.told_until_s == 1000.0
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task

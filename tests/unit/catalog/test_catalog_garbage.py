@@ -24,7 +24,7 @@ from mint_catalog.records import (
     now,
 )
 from mint_catalog.run_records import Run, RunState, SftRecipe
-from mint_catalog.store import Put, prefix_end
+from mint_catalog.store import Delete, Put, prefix_end
 from mint_core.errors import Aborted, BlobMissing, FailedPrecondition, LeaseHeld, NotFound, WrongState
 from mint_core.names import BlobName, EvaluationName, PolicyName, RevisionName, RunName
 
@@ -379,6 +379,21 @@ async def test_not_while_a_backup_is_restored() -> None:
     await lab.store.txn([], [Put(lab.keys.restoring, b"")])
     with pytest.raises(WrongState, match="being restored"):
         await lab.collect()
+
+
+async def test_tenant_that_is_being_erased_is_left_to_its_erasure() -> None:
+    lab = GarbageLab()
+    await filled(lab)
+    await lab.policies.delete(POLICY)
+    other = PolicyName("other", "tone")
+    await lab.policy(other)
+    await lab.policies.delete(other)
+    await lab.store.txn([], [Put(lab.keys.erasing("acme"), b"")])
+    assert (await lab.collect()).num_policies_purged == 1
+    assert len(await below(lab, "revisions")) == 2
+    await lab.store.txn([], [Delete(lab.keys.erasing("acme"))])
+    assert (await lab.collect()).num_policies_purged == 1
+    assert await below(lab, "revisions", "purges") == []
 
 
 async def test_progress_names_each_step() -> None:

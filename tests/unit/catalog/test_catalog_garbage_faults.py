@@ -162,7 +162,9 @@ class Turns:
         wanted = iter(choices)
         while not all(task.done() for task in tasks.values()):
             who = next((name for name in wanted if not tasks[name].done()), "")
-            for _ in range(40 if who else 8):  # between two calls nobody sleeps for longer, but where a lost race backs off
+            for _ in range(
+                40 if who else 8
+            ):  # between two calls nobody sleeps for longer, but where a lost race backs off
                 await asyncio.sleep(0)
                 if any(name == who for name, _ in self.waiting):
                     break

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 
 import pytest
 from unit.catalog.catalog_lab import BASE, POLICY, Lab
@@ -141,13 +142,16 @@ async def test_a_token_belongs_to_its_listing() -> None:
             await lab.policies.list(other)
 
 
-async def test_a_token_of_compacted_history_says_list_again() -> None:
+@pytest.mark.parametrize(
+    "query", [PolicyQuery("acme", 3), PolicyQuery("acme", 3, order_by="name"), PolicyQuery("-", 3)]
+)
+async def test_a_token_of_compacted_history_says_list_again(query: PolicyQuery) -> None:
     lab = await _filled(10)
-    token = (await lab.policies.list(PolicyQuery("acme", 3))).next_page_token
+    token = (await lab.policies.list(query)).next_page_token
     await lab.policy(PolicyName("acme", "more"))
     await lab.store.compact(lab.store.revision)
     with pytest.raises(RevisionCompacted):
-        await lab.policies.list(PolicyQuery("acme", 3, token))
+        await lab.policies.list(replace(query, page_token=token))
 
 
 async def test_bad_sizes_orders_and_revisions_are_refused() -> None:

@@ -21,7 +21,7 @@ from mint_core.errors import (
     NotFound,
     WrongState,
 )
-from mint_core.names import BlobName, RevisionName
+from mint_core.names import BlobName, PolicyName, RevisionName
 
 RUN = "tenants/acme/runs/r1"
 FIRST = RevisionName("acme", "tone", 1)
@@ -143,6 +143,18 @@ async def test_a_publication_touches_its_blob() -> None:
     after = await lab.blobs.get(name)
     assert after.mod_revision == written.catalog_revision > before
     assert after.state is BlobState.VERIFIED
+
+
+async def test_policies_publish_one_blob_at_once_without_conflicts() -> None:
+    lab = await _lab()
+    policies = [PolicyName("acme", f"p{n}") for n in range(20)]
+    for policy in policies:
+        await lab.policy(policy)
+    await lab.blob("one")
+    before = lab.store.num_txns
+    await asyncio.gather(*(lab.revisions.publish(policy, _wanted(), None, unfenced=True) for policy in policies))
+    assert lab.store.num_tried_txns - lab.store.num_txns == 0
+    assert lab.store.num_txns == before + len(policies)
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,7 @@ def delete(
     etag: EtagOption = "",
     catalog: CatalogOption = "",
     state_path: StateDirOption = None,
+    json_output: JsonOption = False,
 ) -> None:
     """Delete a retired revision that no alias points at or has in its history. Its number is not given again."""
     name = str(revision_name(revision))
@@ -106,4 +107,7 @@ def delete(
             await client.revisions.delete(name, etag=etag)
 
     asyncio.run(call())
-    print(f"{short(name)} is deleted")
+    if json_output:
+        print_json({"name": name})
+    else:
+        print(f"deleted {short(name)}")
