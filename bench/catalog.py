@@ -42,8 +42,8 @@ from mint_api.v1 import (
     policy_service_pb2,
 )
 from mint_blobs.s3 import S3ObjectStore
-from mint_catalog.keys import NUM_SHARDS, Keys
-from mint_catalog.store import prefix_end
+from mint_catalog.model.keys import NUM_SHARDS, Keys
+from mint_catalog.storage.store import prefix_end
 from mint_core.channel import call, connect, stream
 from mint_core.names import AliasName, PolicyName, RevisionName, TenantName
 from support.etcd import EtcdServer

@@ -10,8 +10,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 import pytest
 from unit.catalog.memory_store import MemoryStore
 
-from mint_catalog.etcd import EtcdStore
-from mint_catalog.store import Compare, Delete, DeleteRange, Field, LeaseGone, Put, Revision, Store, prefix_end
+from mint_catalog.storage.etcd import EtcdStore
+from mint_catalog.storage.store import Compare, Delete, DeleteRange, Field, LeaseGone, Put, Revision, Store, prefix_end
 from mint_core.errors import OutOfRange, RevisionCompacted
 from support.etcd import EtcdServer, running_etcd
 

@@ -9,10 +9,10 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 from unit.catalog.catalog_lab import BASE, POLICY, TENANT, Lab, rollout
 
-from mint_catalog.etcd import EtcdStore
-from mint_catalog.queue import Outcome
-from mint_catalog.records import Evaluation, Fence
-from mint_catalog.run_records import RunProgress, RunState, RunStep
+from mint_catalog.model.records import Evaluation, Fence
+from mint_catalog.model.run_records import RunProgress, RunState, RunStep
+from mint_catalog.storage.etcd import EtcdStore
+from mint_catalog.work.queue import Outcome
 from mint_core.errors import AlreadyExists, InvalidArgument, LeaseLost
 from mint_core.names import EvaluationName, RunName
 from support.etcd import EtcdServer, running_etcd

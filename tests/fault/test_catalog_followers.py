@@ -10,8 +10,8 @@ from collections.abc import Iterator
 import pytest
 
 from mint_api.v1 import alias_service_pb2, common_pb2
-from mint_catalog.etcd import EtcdStore
-from mint_catalog.store import Put
+from mint_catalog.storage.etcd import EtcdStore
+from mint_catalog.storage.store import Put
 from mint_core import errors
 from support.catalog_rig import Rig, running_catalog
 from support.etcd import EtcdServer, running_etcd

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from mint_catalog import revisions
-from mint_catalog.cache import AliasCache
-from mint_catalog.etcd import EtcdStore
-from mint_catalog.records import Alias
-from mint_catalog.store import Compare, Operation, ReadResult, TxnResult
+from mint_catalog.model.records import Alias
+from mint_catalog.policies import revisions
+from mint_catalog.serving.cache import AliasCache
+from mint_catalog.storage.etcd import EtcdStore
+from mint_catalog.storage.store import Compare, Operation, ReadResult, TxnResult
 from support.catalog_rig import running_catalog
 from support.catalog_workload import Client, World
 from support.etcd import EtcdServer, running_etcd

@@ -21,10 +21,11 @@ from etcd3aio import _protobuf as pb
 
 from mint_api.runtime.v1 import work_service_pb2
 from mint_api.v1 import alias_service_pb2, common_pb2, policy_service_pb2, run_service_pb2
-from mint_catalog import app, space
-from mint_catalog.etcd import EtcdStore
+from mint_catalog import app
 from mint_catalog.settings import CatalogSettings
-from mint_catalog.store import Put
+from mint_catalog.storage.etcd import EtcdStore
+from mint_catalog.storage.store import Put
+from mint_catalog.upkeep import space
 from mint_core import errors
 from support.catalog_rig import CatalogProcess, Rig, digest_of, running_catalog
 from support.etcd import EtcdServer, running_etcd

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from mint_api.v1 import alias_service_pb2, common_pb2, policy_service_pb2
-from mint_catalog.etcd import EtcdStore
-from mint_catalog.keys import Keys
-from mint_catalog.store import Put, Revision, prefix_end
-from mint_catalog.watch import Hub
+from mint_catalog.model.keys import Keys
+from mint_catalog.storage.etcd import EtcdStore
+from mint_catalog.storage.store import Put, Revision, prefix_end
+from mint_catalog.storage.watch import Hub
 from mint_core import errors
 from support.catalog_rig import Rig, running_catalog
 from support.etcd import EtcdServer, running_etcd

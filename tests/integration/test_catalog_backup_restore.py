@@ -16,8 +16,8 @@ import pytest
 from mint_api.runtime.v1 import maintenance_service_pb2
 from mint_blobs.s3 import S3ObjectStore
 from mint_blobs.streams import read_stream, writing_stream
-from mint_catalog.etcd import EtcdStore
-from mint_catalog.store import prefix_end
+from mint_catalog.storage.etcd import EtcdStore
+from mint_catalog.storage.store import prefix_end
 from mint_cli.backup_files import BackupPlace, BackupReader
 from mint_client.backups import BackupClient
 from mint_core import errors

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from mint_api.v1 import alias_service_pb2, common_pb2
-from mint_catalog.etcd import EtcdStore
+from mint_catalog.storage.etcd import EtcdStore
 from mint_core.errors import Unavailable
 from support.catalog_rig import CatalogProcess, Rig, running_catalog
 from support.etcd import EtcdServer, running_etcd

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 
-from mint_catalog.duty import Duties
-from mint_catalog.etcd import EtcdStore
-from mint_catalog.keys import Keys
-from mint_catalog.members import Members
-from mint_catalog.space import defragment_roomy, watch_space
-from mint_catalog.store import DeleteRange, Put
+from mint_catalog.model.keys import Keys
+from mint_catalog.storage.duty import Duties
+from mint_catalog.storage.etcd import EtcdStore
+from mint_catalog.storage.members import Members
+from mint_catalog.storage.store import DeleteRange, Put
+from mint_catalog.upkeep.space import defragment_roomy, watch_space
 from mint_core.errors import ResourceExhausted, Unavailable
 from support.etcd import EtcdServer, running_etcd
 

@@ -12,9 +12,9 @@ import pytest
 
 from mint_api.v1 import fleet_service_pb2, tenant_service_pb2
 from mint_blobs.s3 import S3ObjectStore
-from mint_catalog.etcd import EtcdStore
-from mint_catalog.keys import Keys
-from mint_catalog.store import Delete, prefix_end
+from mint_catalog.model.keys import Keys
+from mint_catalog.storage.etcd import EtcdStore
+from mint_catalog.storage.store import Delete, prefix_end
 from mint_client import Endpoints, MintClient
 from mint_core import errors
 from support.catalog_rig import CatalogProcess, Rig, running_catalog

@@ -6,14 +6,16 @@ never touches a tensor. ``python -m mint_catalog`` starts it.
 
 ::
 
-    servicers/   decode, one domain call, encode          app.py    puts the parts together
-    policies, revisions, aliases, blobs, base_models, leases, queue, runs, registry, evaluations: the domain
-    records, run_records: its frozen dataclasses          codec, codecs: dataclass ↔ message ↔ stored bytes
-    draft, requests, tables, paging, changes: transactions, request ids, tables, pages and streams over a store
-    keys.py      where everything lies                    store.py  the key-value contract
-    etcd.py      that contract over etcd                  watch.py  one watch loop, fanned out
-    duty.py      jobs of one catalog at a time            garbage/  what nothing refers to, and what is past its time
-    members.py, space.py: etcd's members one by one, defragmentation, the way back from a full database
+    app.py       puts the parts together                  settings.py  what can be set
+    servicers/   decode, one domain call, encode
+    model/       records, the keys they lie under, how they are written down
+    storage/     the key-value contract, etcd behind it; transactions, pages, watches, duties over it
+    policies/    heads and their bulk creation, revisions, blobs, evaluations, rollouts
+    serving/     aliases with canaries and gates, resolution and its cache, engine replicas
+    work/        runs: recipes, queue, claims, leases, reports
+    trail/       audit trail, usage counters, and when both expire
+    upkeep/      ticks, compaction, space in etcd, backup and restore, garbage collection
+    fleet/       verbs over many policies, a tenant's erasure
 """
 
 from __future__ import annotations

@@ -45,35 +45,19 @@ from mint_api.v1 import (
     usage_service_pb2_grpc,
 )
 from mint_blobs import ObjectStore
-from mint_catalog.aliases import Aliases
-from mint_catalog.audit_trail import AuditTrail
-from mint_catalog.backup import Backup, held_revision
-from mint_catalog.base_models import BaseModels
-from mint_catalog.blobs import Blobs
-from mint_catalog.bulk import BulkCreation
-from mint_catalog.cache import AliasCache
-from mint_catalog.changes import Changes
-from mint_catalog.codecs import MessageCodecs
-from mint_catalog.duty import CATALOG_PRINCIPAL, Duties, keep_doing
-from mint_catalog.erasure import ERASURE_DUTY, Erasures
-from mint_catalog.etcd import EtcdStore
-from mint_catalog.evaluations import Evaluations
-from mint_catalog.fleet import Fleet
-from mint_catalog.fleet_work import FLEET_DUTY, FleetWork
-from mint_catalog.garbage import DUTY as GARBAGE_DUTY
-from mint_catalog.garbage import GarbageCollector, Grace
-from mint_catalog.keys import Keys
-from mint_catalog.leases import Leases
-from mint_catalog.members import Members
-from mint_catalog.policies import Policies
-from mint_catalog.queue import RunQueue
-from mint_catalog.registry import Registry
-from mint_catalog.residency import Residency
-from mint_catalog.resolve import Resolver
-from mint_catalog.restore import Restore
-from mint_catalog.revisions import Revisions
-from mint_catalog.rollouts import Rollouts
-from mint_catalog.runs import Runs
+from mint_catalog.fleet.erasure import ERASURE_DUTY, Erasures
+from mint_catalog.fleet.operations import Fleet
+from mint_catalog.fleet.work import FLEET_DUTY, FleetWork
+from mint_catalog.model.codecs import MessageCodecs
+from mint_catalog.model.keys import Keys
+from mint_catalog.model.tables import Tables
+from mint_catalog.policies.base_models import BaseModels
+from mint_catalog.policies.blobs import Blobs
+from mint_catalog.policies.bulk import BulkCreation
+from mint_catalog.policies.evaluations import Evaluations
+from mint_catalog.policies.heads import Policies
+from mint_catalog.policies.revisions import Revisions
+from mint_catalog.policies.rollouts import Rollouts
 from mint_catalog.servicers.aliases import AliasServicer
 from mint_catalog.servicers.audit import AuditServicer
 from mint_catalog.servicers.base_models import BaseModelServicer
@@ -89,13 +73,29 @@ from mint_catalog.servicers.runs import RunServicer
 from mint_catalog.servicers.tenants import TenantServicer
 from mint_catalog.servicers.usage import UsageReportServicer, UsageServicer
 from mint_catalog.servicers.work import WorkServicer
+from mint_catalog.serving.aliases import Aliases
+from mint_catalog.serving.cache import AliasCache
+from mint_catalog.serving.registry import Registry
+from mint_catalog.serving.residency import Residency
+from mint_catalog.serving.resolve import Resolver
 from mint_catalog.settings import CatalogSettings
-from mint_catalog.signals import Signal
-from mint_catalog.space import defragment_roomy, watch_space
-from mint_catalog.tables import Tables
-from mint_catalog.upkeep import compact_history, follow, keep_reaping, keep_ticking
-from mint_catalog.usage import Usages
-from mint_catalog.watch import Hub
+from mint_catalog.storage.changes import Changes
+from mint_catalog.storage.duty import CATALOG_PRINCIPAL, Duties, keep_doing
+from mint_catalog.storage.etcd import EtcdStore
+from mint_catalog.storage.members import Members
+from mint_catalog.storage.signals import Signal
+from mint_catalog.storage.watch import Hub
+from mint_catalog.trail.audit_trail import AuditTrail
+from mint_catalog.trail.usage import Usages
+from mint_catalog.upkeep.backup import Backup, held_revision
+from mint_catalog.upkeep.garbage import DUTY as GARBAGE_DUTY
+from mint_catalog.upkeep.garbage import GarbageCollector, Grace
+from mint_catalog.upkeep.loops import compact_history, follow, keep_reaping, keep_ticking
+from mint_catalog.upkeep.restore import Restore
+from mint_catalog.upkeep.space import defragment_roomy, watch_space
+from mint_catalog.work.leases import Leases
+from mint_catalog.work.queue import RunQueue
+from mint_catalog.work.runs import Runs
 from mint_core import calls
 from mint_core.log import get_logger
 from mint_core.server import Binding, Services

@@ -8,29 +8,29 @@ from typing import Any
 
 from unit.catalog.memory_store import MemoryStore
 
-from mint_catalog.aliases import Aliases, Move
-from mint_catalog.base_models import BaseModels
-from mint_catalog.blobs import Blobs
-from mint_catalog.cache import AliasCache
-from mint_catalog.codecs import MessageCodecs
-from mint_catalog.draft import Written
-from mint_catalog.evaluations import Evaluations
-from mint_catalog.keys import Keys
-from mint_catalog.leases import Leases
-from mint_catalog.policies import Policies
-from mint_catalog.queue import Claim, RunQueue
-from mint_catalog.records import Alias, BaseModel, BlobRef, Fence, Lineage, LoraConfig, Policy, Revision, Rollout
-from mint_catalog.registry import Registry
-from mint_catalog.requests import Request
-from mint_catalog.resolve import Resolver
-from mint_catalog.revisions import Revisions
-from mint_catalog.rollouts import Rollouts
-from mint_catalog.run_records import EvaluationRecipe, Run, SftRecipe
-from mint_catalog.runs import Runs
-from mint_catalog.signals import Signal
-from mint_catalog.store import Store
-from mint_catalog.tables import Tables
-from mint_catalog.watch import Hub
+from mint_catalog.model.codecs import MessageCodecs
+from mint_catalog.model.keys import Keys
+from mint_catalog.model.records import Alias, BaseModel, BlobRef, Fence, Lineage, LoraConfig, Policy, Revision, Rollout
+from mint_catalog.model.run_records import EvaluationRecipe, Run, SftRecipe
+from mint_catalog.model.tables import Tables
+from mint_catalog.policies.base_models import BaseModels
+from mint_catalog.policies.blobs import Blobs
+from mint_catalog.policies.evaluations import Evaluations
+from mint_catalog.policies.heads import Policies
+from mint_catalog.policies.revisions import Revisions
+from mint_catalog.policies.rollouts import Rollouts
+from mint_catalog.serving.aliases import Aliases, Move
+from mint_catalog.serving.cache import AliasCache
+from mint_catalog.serving.registry import Registry
+from mint_catalog.serving.resolve import Resolver
+from mint_catalog.storage.draft import Written
+from mint_catalog.storage.requests import Request
+from mint_catalog.storage.signals import Signal
+from mint_catalog.storage.store import Store
+from mint_catalog.storage.watch import Hub
+from mint_catalog.work.leases import Leases
+from mint_catalog.work.queue import Claim, RunQueue
+from mint_catalog.work.runs import Runs
 from mint_core.names import (
     AliasName,
     BaseModelName,

@@ -9,10 +9,10 @@ from typing import Any
 from unit.catalog.catalog_lab import Lab, digest_of
 
 from mint_blobs.memory import MemoryObjectStore
-from mint_catalog.duty import Duties
-from mint_catalog.garbage import GarbageCollector, Grace, Report
-from mint_catalog.records import BlobRecord, BlobState, RevisionState, now
-from mint_catalog.store import Put, prefix_end
+from mint_catalog.model.records import BlobRecord, BlobState, RevisionState, now
+from mint_catalog.storage.duty import Duties
+from mint_catalog.storage.store import Put, prefix_end
+from mint_catalog.upkeep.garbage import GarbageCollector, Grace, Report
 from mint_core.names import BlobName
 
 __all__ = ["NO_GRACE", "GarbageLab"]

@@ -8,7 +8,7 @@ from bisect import bisect_right
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, replace
 
-from mint_catalog.store import (
+from mint_catalog.storage.store import (
     Change,
     Compare,
     Delete,

@@ -7,7 +7,7 @@ from typing import Any
 
 from unit.catalog.memory_store import MemoryStore
 
-from mint_catalog.store import Compare, Operation, TxnResult
+from mint_catalog.storage.store import Compare, Operation, TxnResult
 
 __all__ = ["Killed", "MortalStore"]
 

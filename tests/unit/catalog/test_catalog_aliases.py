@@ -5,8 +5,8 @@ import asyncio
 import pytest
 from unit.catalog.catalog_lab import BASE, BASE_DIGEST, POLICY, Lab, digest_of
 
-from mint_catalog.records import Resolution
-from mint_catalog.resolve import Freshness
+from mint_catalog.model.records import Resolution
+from mint_catalog.serving.resolve import Freshness
 from mint_core.errors import (
     EtagMismatch,
     InvalidArgument,

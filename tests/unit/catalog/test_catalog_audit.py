@@ -12,17 +12,17 @@ from unit.catalog.catalog_lab import POLICY, TENANT, Lab
 
 from mint_api.runtime.v1 import work_service_pb2
 from mint_api.v1 import alias_service_pb2, audit_service_pb2, policy_service_pb2
-from mint_catalog import audit, retention
-from mint_catalog.audit_codec import AuditCodec
-from mint_catalog.audit_records import AuditChangeType
-from mint_catalog.audit_trail import AuditQuery, AuditTrail
-from mint_catalog.policies import MAX_ALIASES
-from mint_catalog.queue import Outcome
-from mint_catalog.records import Evaluation, Policy
-from mint_catalog.requests import Request
-from mint_catalog.run_records import RunProgress, RunState, RunStep
+from mint_catalog.model.audit_codec import AuditCodec
+from mint_catalog.model.audit_records import AuditChangeType
+from mint_catalog.model.records import Evaluation, Policy
+from mint_catalog.model.run_records import RunProgress, RunState, RunStep
+from mint_catalog.policies.heads import MAX_ALIASES
 from mint_catalog.servicers.audit import AuditServicer
-from mint_catalog.store import KeyValue, prefix_end
+from mint_catalog.storage.requests import Request
+from mint_catalog.storage.store import KeyValue, prefix_end
+from mint_catalog.trail import audit, retention
+from mint_catalog.trail.audit_trail import AuditQuery, AuditTrail
+from mint_catalog.work.queue import Outcome
 from mint_core import calls, errors
 from mint_core.names import EvaluationName, PolicyName
 
@@ -34,7 +34,7 @@ class _Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.time_s = NOW
-        for module in ("audit", "audit_trail", "retention"):
+        for module in ("trail.audit", "trail.audit_trail", "trail.retention"):
             monkeypatch.setattr(f"mint_catalog.{module}.wall_s", self.read)
 
     def read(self) -> float:
@@ -308,8 +308,8 @@ async def test_request_ids_that_nobody_looks_up_are_found_and_no_others(
     lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     time_s = NOW
-    monkeypatch.setattr("mint_catalog.requests.wall_s", lambda: time_s)
-    monkeypatch.setattr("mint_catalog.retention.wall_s", lambda: NOW)
+    monkeypatch.setattr("mint_catalog.storage.requests.wall_s", lambda: time_s)
+    monkeypatch.setattr("mint_catalog.trail.retention.wall_s", lambda: NOW)
     for days in range(5):
         time_s = NOW - days * 86_400
         request = Request.of(tenant="acme", principal="a", method="M", request_id=str(uuid.uuid4()), payload=b"")

@@ -13,15 +13,23 @@ import pytest
 from unit.catalog.catalog_lab import TENANT, Lab, digest_of, rollout
 from unit.catalog.garbage_lab import GarbageLab
 
-import mint_catalog.keys
-from mint_catalog.backup import Backup, BackupHeader, BackupPart, BackupRecord, BackupTrailer, held_revision, order_of
-from mint_catalog.changes import Changes
-from mint_catalog.keys import TENANT_PART
-from mint_catalog.queue import Outcome
-from mint_catalog.records import BlobState
-from mint_catalog.restore import Restore, RestoreReport
-from mint_catalog.run_records import RunState
-from mint_catalog.store import Put, prefix_end
+import mint_catalog.model.keys
+from mint_catalog.model.keys import TENANT_PART
+from mint_catalog.model.records import BlobState
+from mint_catalog.model.run_records import RunState
+from mint_catalog.storage.changes import Changes
+from mint_catalog.storage.store import Put, prefix_end
+from mint_catalog.upkeep.backup import (
+    Backup,
+    BackupHeader,
+    BackupPart,
+    BackupRecord,
+    BackupTrailer,
+    held_revision,
+    order_of,
+)
+from mint_catalog.upkeep.restore import Restore, RestoreReport
+from mint_catalog.work.queue import Outcome
 from mint_core.errors import DataLoss, EtagMismatch, InvalidArgument, LeaseHeld, RevisionCompacted, WrongState
 from mint_core.names import AliasName, RunName
 
@@ -225,7 +233,7 @@ async def test_a_caller_that_goes_away_leaves_nothing() -> None:
 
 @pytest.mark.parametrize("when", ["before", "after"])
 async def test_an_unknown_outcome_is_written_again(when: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mint_catalog.restore._FIRST_BACKOFF_S", 0.001)
+    monkeypatch.setattr("mint_catalog.upkeep.restore._FIRST_BACKOFF_S", 0.001)
     lab, other = await _filled(), GarbageLab()
     parts = await _parts(lab)
 
@@ -297,7 +305,7 @@ async def test_a_backup_holds_back_compaction_and_says_when_it_could_not() -> No
 
 
 def test_every_family_is_known_to_backup_and_erasure() -> None:
-    text = Path(mint_catalog.keys.__file__).read_text()
+    text = Path(mint_catalog.model.keys.__file__).read_text()
     used = set(re.findall(r'(?:self\._key|self\.family)\(\s*"(\w+)"', text))
     assert used - set(TENANT_PART) == set()
     assert len(used) > 20

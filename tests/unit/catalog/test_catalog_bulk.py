@@ -10,14 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from unit.catalog.catalog_lab import BASE, Lab, digest_of
 
-from mint_catalog.audit import audited
-from mint_catalog.audit_codec import AuditCodec
-from mint_catalog.bulk import BulkCreation, BulkResult, worked_at_once
-from mint_catalog.creation import NewPolicy
-from mint_catalog.policy_listing import PolicyQuery
-from mint_catalog.records import BlobRef, Policy, Revision
-from mint_catalog.requests import Request
-from mint_catalog.store import Compare, KeyValue, Operation, Put, TxnResult
+from mint_catalog.model.audit_codec import AuditCodec
+from mint_catalog.model.records import BlobRef, Policy, Revision
+from mint_catalog.policies.bulk import BulkCreation, BulkResult, worked_at_once
+from mint_catalog.policies.creation import NewPolicy
+from mint_catalog.policies.policy_listing import PolicyQuery
+from mint_catalog.storage.requests import Request
+from mint_catalog.storage.store import Compare, KeyValue, Operation, Put, TxnResult
+from mint_catalog.trail.audit import audited
 from mint_core.errors import (
     AlreadyExists,
     BlobMissing,

@@ -13,15 +13,15 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 from unit.catalog.memory_store import MemoryStore
 
-from mint_catalog.cache import AliasCache
-from mint_catalog.codecs import MessageCodecs
-from mint_catalog.gather import GatheredReads
-from mint_catalog.keys import Keys
-from mint_catalog.records import Alias, AliasHistoryEntry, Canary, Resolution
-from mint_catalog.resolve import Freshness, Resolver
-from mint_catalog.store import Change, Delete, Put, ReadResult, Revision
-from mint_catalog.tables import Tables
-from mint_catalog.watch import Hub
+from mint_catalog.model.codecs import MessageCodecs
+from mint_catalog.model.keys import Keys
+from mint_catalog.model.records import Alias, AliasHistoryEntry, Canary, Resolution
+from mint_catalog.model.tables import Tables
+from mint_catalog.serving.cache import AliasCache
+from mint_catalog.serving.resolve import Freshness, Resolver
+from mint_catalog.storage.gather import GatheredReads
+from mint_catalog.storage.store import Change, Delete, Put, ReadResult, Revision
+from mint_catalog.storage.watch import Hub
 from mint_core import calls
 from mint_core.errors import MintError, NotFound, RevisionCompacted, Unavailable
 from mint_core.names import AliasName
@@ -337,7 +337,7 @@ async def _answer_all(store: SlowStore) -> None:
 
 
 async def test_reads_beyond_the_first_share_transactions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mint_catalog.gather._MAX_WAIT_S", 60.0)
+    monkeypatch.setattr("mint_catalog.storage.gather._MAX_WAIT_S", 60.0)
     store = await _slow_store(300)
     reads = GatheredReads(store)
     tasks = [asyncio.create_task(reads.get([f"k{number}".encode()])) for number in range(300)]

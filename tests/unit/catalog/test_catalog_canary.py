@@ -8,11 +8,11 @@ from dataclasses import replace
 import pytest
 from unit.catalog.catalog_lab import POLICY, Lab, digest_of
 
-from mint_catalog.aliases import Edit
-from mint_catalog.records import Alias, AliasTarget, Canary, PolicyState, Resolution
-from mint_catalog.requests import Request
-from mint_catalog.split import chosen
-from mint_catalog.store import Put
+from mint_catalog.model.records import Alias, AliasTarget, Canary, PolicyState, Resolution
+from mint_catalog.serving.aliases import Edit
+from mint_catalog.serving.split import chosen
+from mint_catalog.storage.requests import Request
+from mint_catalog.storage.store import Put
 from mint_core.errors import (
     EtagMismatch,
     InvalidArgument,

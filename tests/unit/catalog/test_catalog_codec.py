@@ -7,10 +7,10 @@ from datetime import UTC, datetime
 import pytest
 
 from mint_api.v1 import common_pb2, policy_service_pb2, rollout_service_pb2, run_service_pb2
-from mint_catalog.codec import enum_of, to_message
-from mint_catalog.codecs import MessageCodecs
-from mint_catalog.keys import Keys
-from mint_catalog.records import (
+from mint_catalog.model.codec import enum_of, to_message
+from mint_catalog.model.codecs import MessageCodecs
+from mint_catalog.model.keys import Keys
+from mint_catalog.model.records import (
     Alias,
     AliasHistoryEntry,
     AliasTarget,
@@ -39,7 +39,7 @@ from mint_catalog.records import (
     Rollout,
     TrainingState,
 )
-from mint_catalog.run_records import (
+from mint_catalog.model.run_records import (
     EvaluationRecipe,
     GroupAdvantage,
     GrpoRecipe,
@@ -53,8 +53,8 @@ from mint_catalog.run_records import (
     SftRecipe,
     TokenWeighting,
 )
-from mint_catalog.store import KeyValue
-from mint_catalog.tables import Ref, Tables
+from mint_catalog.model.tables import Ref, Tables
+from mint_catalog.storage.store import KeyValue
 from mint_core.errors import InvalidArgument
 from mint_core.names import (
     AliasName,

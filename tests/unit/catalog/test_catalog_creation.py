@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from unit.catalog.catalog_lab import BASE, BASE_DIGEST, POLICY, Lab, digest_of
 
-from mint_catalog.records import (
+from mint_catalog.model.records import (
     AliasTarget,
     BlobRef,
     BlobState,
@@ -19,9 +19,9 @@ from mint_catalog.records import (
     Revision,
     RevisionState,
 )
-from mint_catalog.requests import Request
-from mint_catalog.store import Put
-from mint_catalog.tables import Ref
+from mint_catalog.model.tables import Ref
+from mint_catalog.storage.requests import Request
+from mint_catalog.storage.store import Put
 from mint_core.errors import (
     AlreadyExists,
     BaseModelMismatch,

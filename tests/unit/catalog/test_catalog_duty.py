@@ -7,9 +7,9 @@ import asyncio
 import pytest
 from unit.catalog.memory_store import MemoryStore
 
-from mint_catalog.duty import Duties, Duty, keep_doing
-from mint_catalog.keys import Keys
-from mint_catalog.store import Put
+from mint_catalog.model.keys import Keys
+from mint_catalog.storage.duty import Duties, Duty, keep_doing
+from mint_catalog.storage.store import Put
 from mint_core import calls
 from mint_core.errors import LeaseHeld, LeaseLost, Unavailable
 
@@ -115,7 +115,7 @@ async def test_remembered_job_is_done_once_an_interval_over_all(
     store: MemoryStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     time_s = 1e9
-    monkeypatch.setattr("mint_catalog.duty.wall_s", lambda: time_s)
+    monkeypatch.setattr("mint_catalog.storage.duty.wall_s", lambda: time_s)
     done: list[tuple[str, str]] = []
     for who in ("a", "b"):  # nothing is to be done in a new installation
         await loop(Duties(store, KEYS), who, done, num_looks=2, remembered=True)

@@ -14,13 +14,13 @@ from unit.catalog.mortal_store import Killed, MortalStore
 
 from mint_blobs import ObjectInfo
 from mint_blobs.memory import MemoryObjectStore
-from mint_catalog.erasure import Erasures
-from mint_catalog.fleet import Fleet
-from mint_catalog.fleet_records import FleetOperation, FleetPause, TenantErasure, TenantErasureState
-from mint_catalog.queue import Outcome
-from mint_catalog.requests import Request
-from mint_catalog.run_records import RunState
-from mint_catalog.store import Put, prefix_end
+from mint_catalog.fleet.erasure import Erasures
+from mint_catalog.fleet.operations import Fleet
+from mint_catalog.model.fleet_records import FleetOperation, FleetPause, TenantErasure, TenantErasureState
+from mint_catalog.model.run_records import RunState
+from mint_catalog.storage.requests import Request
+from mint_catalog.storage.store import Put, prefix_end
+from mint_catalog.work.queue import Outcome
 from mint_core.errors import FailedPrecondition, InvalidArgument, LeaseHeld, NotFound, Unavailable, WrongState
 from mint_core.names import BlobName, FleetOperationName, PolicyName, TenantErasureName, TenantName
 

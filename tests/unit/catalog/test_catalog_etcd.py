@@ -7,9 +7,9 @@ import grpc
 import pytest
 from etcd3aio import _protobuf as pb
 
-from mint_catalog.etcd import EtcdStore, _target, translate
 from mint_catalog.settings import EtcdSettings
-from mint_catalog.store import LeaseGone
+from mint_catalog.storage.etcd import EtcdStore, _target, translate
+from mint_catalog.storage.store import LeaseGone
 from mint_core import errors
 from mint_core.calls import inbound_call
 

@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 from unit.catalog.catalog_lab import BASE, POLICY, TENANT, Lab, digest_of, rollout
 
-from mint_catalog.queue import Outcome
-from mint_catalog.records import BlobRef, Evaluation, Fence, TrainingState
-from mint_catalog.run_records import EvaluationRecipe, RunProgress, RunState
+from mint_catalog.model.records import BlobRef, Evaluation, Fence, TrainingState
+from mint_catalog.model.run_records import EvaluationRecipe, RunProgress, RunState
+from mint_catalog.work.queue import Outcome
 from mint_core.errors import AlreadyExists, InvalidArgument, LeaseHeld, LeaseLost, NotFound
 from mint_core.names import EvaluationName, PolicyName, RunName
 

@@ -11,9 +11,9 @@ from unit.catalog.catalog_lab import TENANT, Lab
 from unit.catalog.memory_store import MemoryStore
 from unit.catalog.mortal_store import Killed, MortalStore
 
-from mint_catalog.duty import Duties
-from mint_catalog.fleet import Fleet
-from mint_catalog.fleet_records import (
+from mint_catalog.fleet.operations import Fleet
+from mint_catalog.fleet.work import FleetWork
+from mint_catalog.model.fleet_records import (
     FleetOperation,
     FleetPause,
     FleetPromote,
@@ -21,9 +21,9 @@ from mint_catalog.fleet_records import (
     FleetRollback,
     FleetState,
 )
-from mint_catalog.fleet_work import FleetWork
-from mint_catalog.records import Alias, Policy, PolicyState
-from mint_catalog.store import prefix_end
+from mint_catalog.model.records import Alias, Policy, PolicyState
+from mint_catalog.storage.duty import Duties
+from mint_catalog.storage.store import prefix_end
 from mint_core.errors import AlreadyExists, InvalidArgument, MintError, NotFound, Unavailable, WrongState
 from mint_core.names import AliasName, FleetOperationName, PolicyName, RevisionName
 

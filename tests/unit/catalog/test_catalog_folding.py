@@ -11,11 +11,11 @@ from unit.catalog.catalog_lab import digest_of
 
 from mint_api.runtime.v1 import publish_service_pb2
 from mint_api.v1 import alias_service_pb2, policy_service_pb2, revision_service_pb2
-from mint_catalog.codec import to_message
-from mint_catalog.codecs import MessageCodecs
-from mint_catalog.folding import fold_alias, fold_blob, fold_policy, fold_revision
-from mint_catalog.keys import Keys
-from mint_catalog.records import (
+from mint_catalog.model.codec import to_message
+from mint_catalog.model.codecs import MessageCodecs
+from mint_catalog.model.folding import fold_alias, fold_blob, fold_policy, fold_revision
+from mint_catalog.model.keys import Keys
+from mint_catalog.model.records import (
     Alias,
     AliasHistoryEntry,
     AliasTarget,
@@ -31,8 +31,8 @@ from mint_catalog.records import (
     Revision,
     RevisionState,
 )
-from mint_catalog.store import KeyValue
-from mint_catalog.tables import Tables
+from mint_catalog.model.tables import Tables
+from mint_catalog.storage.store import KeyValue
 from mint_core.names import AliasName, BlobName, PolicyName, RevisionName
 
 KEYS = Keys()

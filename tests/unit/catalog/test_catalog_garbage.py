@@ -10,9 +10,7 @@ from unit.catalog.catalog_lab import BASE_DIGEST, POLICY, TENANT, Lab, digest_of
 from unit.catalog.garbage_lab import NO_GRACE, GarbageLab
 
 from mint_blobs.objects import PartUpload
-from mint_catalog.duty import Duties
-from mint_catalog.garbage import GarbageCollector, Grace
-from mint_catalog.records import (
+from mint_catalog.model.records import (
     BlobRef,
     BlobState,
     Evaluation,
@@ -23,8 +21,10 @@ from mint_catalog.records import (
     TrainingState,
     now,
 )
-from mint_catalog.run_records import Run, RunState, SftRecipe
-from mint_catalog.store import Delete, Put, prefix_end
+from mint_catalog.model.run_records import Run, RunState, SftRecipe
+from mint_catalog.storage.duty import Duties
+from mint_catalog.storage.store import Delete, Put, prefix_end
+from mint_catalog.upkeep.garbage import GarbageCollector, Grace
 from mint_core.errors import Aborted, BlobMissing, FailedPrecondition, LeaseHeld, NotFound, WrongState
 from mint_core.names import BlobName, EvaluationName, PolicyName, RevisionName, RunName
 

@@ -16,8 +16,8 @@ from unit.catalog.garbage_lab import GarbageLab
 from unit.catalog.memory_store import MemoryStore
 
 from mint_blobs.memory import MemoryObjectStore
-from mint_catalog.records import BlobRef, BlobState, LoraConfig, Revision, RevisionState, now
-from mint_catalog.run_records import Run, SftRecipe
+from mint_catalog.model.records import BlobRef, BlobState, LoraConfig, Revision, RevisionState, now
+from mint_catalog.model.run_records import Run, SftRecipe
 from mint_core.errors import Aborted, BlobMissing, Unavailable, WrongState
 from mint_core.names import BlobName, PolicyName, RevisionName, RunName
 

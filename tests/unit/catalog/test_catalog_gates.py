@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from unit.catalog.catalog_lab import POLICY, Lab, digest_of
 
-from mint_catalog.aliases import Edit
-from mint_catalog.draft import Written
-from mint_catalog.gates import Evidence, shortfalls
-from mint_catalog.records import Alias, AliasTarget, Canary, Evaluation, Gate, GateCondition
-from mint_catalog.store import Put
+from mint_catalog.model.records import Alias, AliasTarget, Canary, Evaluation, Gate, GateCondition
+from mint_catalog.serving.aliases import Edit
+from mint_catalog.serving.gates import Evidence, shortfalls
+from mint_catalog.storage.draft import Written
+from mint_catalog.storage.store import Put
 from mint_core.errors import EtagMismatch, GateNotMet, InvalidArgument, MintError, NotFound, Unavailable, WrongState
 from mint_core.names import AliasName, EvaluationName, RevisionName
 

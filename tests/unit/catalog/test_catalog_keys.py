@@ -1,7 +1,7 @@
 from __future__ import annotations
 
-from mint_catalog.keys import Keys, shard_of
-from mint_catalog.store import prefix_end
+from mint_catalog.model.keys import Keys, shard_of
+from mint_catalog.storage.store import prefix_end
 from mint_core.names import AliasName, BaseModelName, BlobName, PolicyName, RevisionName, RolloutName, RunName
 
 KEYS = Keys()

@@ -7,8 +7,8 @@ from collections.abc import AsyncIterator
 import pytest
 from unit.catalog.catalog_lab import POLICY, Lab
 
-from mint_catalog.changes import Changes
-from mint_catalog.watch import Hub
+from mint_catalog.storage.changes import Changes
+from mint_catalog.storage.watch import Hub
 from mint_core.errors import LeaseLost, Unavailable
 
 

@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 from unit.catalog.catalog_lab import BASE, POLICY, Lab
 
-from mint_catalog import policy_filter
-from mint_catalog.aliases import Move
-from mint_catalog.keys import shard_of
-from mint_catalog.policy_listing import PolicyQuery
-from mint_catalog.records import Policy, PolicyState
+from mint_catalog.model.keys import shard_of
+from mint_catalog.model.records import Policy, PolicyState
+from mint_catalog.policies import policy_filter
+from mint_catalog.policies.policy_listing import PolicyQuery
+from mint_catalog.serving.aliases import Move
 from mint_core.errors import AlreadyExists, InvalidArgument, RevisionCompacted, Unavailable
 from mint_core.names import AliasName, PolicyName
 

@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 from unit.catalog.catalog_lab import BASE, BASE_DIGEST, POLICY, TENANT, Lab
 
-from mint_catalog.records import BaseModel, LoraConfig, Policy, PolicyState, TrainingState
-from mint_catalog.store import Put
+from mint_catalog.model.records import BaseModel, LoraConfig, Policy, PolicyState, TrainingState
+from mint_catalog.storage.store import Put
 from mint_core.errors import AlreadyExists, EtagMismatch, InvalidArgument, NotFound, WrongState
 from mint_core.names import PolicyName, RevisionName
 

@@ -11,13 +11,21 @@ from dataclasses import replace
 import pytest
 from unit.catalog.catalog_lab import BASE, BASE_DIGEST, Lab, digest_of
 
-from mint_catalog import residency as residency_room
-from mint_catalog.aliases import Aliases, Edit, Move
-from mint_catalog.records import Alias, BaseModel, EngineReplica, EngineReplicaState, Gate, GateCondition, Numerics
-from mint_catalog.registry import Registry
-from mint_catalog.requests import Request
-from mint_catalog.residency import Residency
-from mint_catalog.store import prefix_end
+from mint_catalog.model.records import (
+    Alias,
+    BaseModel,
+    EngineReplica,
+    EngineReplicaState,
+    Gate,
+    GateCondition,
+    Numerics,
+)
+from mint_catalog.serving import residency as residency_room
+from mint_catalog.serving.aliases import Aliases, Edit, Move
+from mint_catalog.serving.registry import Registry
+from mint_catalog.serving.residency import Residency
+from mint_catalog.storage.requests import Request
+from mint_catalog.storage.store import prefix_end
 from mint_core import calls
 from mint_core.errors import (
     DeadlineExceeded,

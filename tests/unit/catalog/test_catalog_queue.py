@@ -7,16 +7,16 @@ from typing import Any
 import pytest
 from unit.catalog.catalog_lab import BASE, POLICY, TENANT, Lab, digest_of
 
-from mint_catalog.queue import Outcome
-from mint_catalog.records import BlobRef, Fence, PolicyState, TrainingState
-from mint_catalog.run_records import (
+from mint_catalog.model.records import BlobRef, Fence, PolicyState, TrainingState
+from mint_catalog.model.run_records import (
     Run,
     RunEvent,
     RunProgress,
     RunState,
     SftRecipe,
 )
-from mint_catalog.store import Put
+from mint_catalog.storage.store import Put
+from mint_catalog.work.queue import Outcome
 from mint_core.errors import (
     AlreadyExists,
     BlobMissing,

@@ -7,9 +7,9 @@ import pytest
 from unit.catalog.catalog_lab import BASE, POLICY, Lab, digest_of
 
 from mint_api.v1 import run_service_pb2
-from mint_catalog.codec import check_enums
-from mint_catalog.records import BlobRef
-from mint_catalog.run_records import (
+from mint_catalog.model.codec import check_enums
+from mint_catalog.model.records import BlobRef
+from mint_catalog.model.run_records import (
     DpoRecipe,
     EvaluationRecipe,
     GroupAdvantage,

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from unit.catalog.catalog_lab import BASE, BASE_DIGEST, Lab
 
-from mint_catalog.records import EngineReplica, EngineReplicaState, Numerics
+from mint_catalog.model.records import EngineReplica, EngineReplicaState, Numerics
 from mint_core.errors import (
     BaseModelMismatch,
     InvalidArgument,

@@ -6,9 +6,9 @@ import uuid
 import pytest
 from unit.catalog.catalog_lab import POLICY, Lab
 
-from mint_catalog import requests as requests_module
-from mint_catalog.keys import Keys
-from mint_catalog.requests import Request
+from mint_catalog.model.keys import Keys
+from mint_catalog.storage import requests as requests_module
+from mint_catalog.storage.requests import Request
 from mint_core.errors import InvalidArgument, RequestIdReused
 
 

@@ -9,11 +9,11 @@ from dataclasses import replace
 import pytest
 from unit.catalog.catalog_lab import POLICY, TENANT, Lab, digest_of
 
-from mint_catalog.queue import Outcome
-from mint_catalog.records import BlobRef, BlobState, PolicyQuota, PolicyState, TrainingState
-from mint_catalog.requests import Request
-from mint_catalog.run_records import Run, RunState
-from mint_catalog.store import Put
+from mint_catalog.model.records import BlobRef, BlobState, PolicyQuota, PolicyState, TrainingState
+from mint_catalog.model.run_records import Run, RunState
+from mint_catalog.storage.requests import Request
+from mint_catalog.storage.store import Put
+from mint_catalog.work.queue import Outcome
 from mint_core.errors import BlobMissing, InvalidArgument, NotFound, RequestIdReused, ResourceExhausted, WrongState
 from mint_core.names import BlobName, RunName
 

@@ -7,9 +7,9 @@ import uuid
 import pytest
 from unit.catalog.catalog_lab import POLICY, Lab, digest_of
 
-from mint_catalog.aliases import Edit
-from mint_catalog.records import AliasTarget, BlobRef, Canary, RevisionState
-from mint_catalog.requests import Request
+from mint_catalog.model.records import AliasTarget, BlobRef, Canary, RevisionState
+from mint_catalog.serving.aliases import Edit
+from mint_catalog.storage.requests import Request
 from mint_core.errors import EtagMismatch, NotFound, RequestIdReused, WrongState
 from mint_core.names import AliasName, BlobName, RevisionName
 

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 from unit.catalog.catalog_lab import BASE_DIGEST, POLICY, Lab, digest_of
 
-from mint_catalog.records import BlobRef, BlobState, Fence, Lineage, LoraConfig, Revision, RevisionState
-from mint_catalog.store import Put
+from mint_catalog.model.records import BlobRef, BlobState, Fence, Lineage, LoraConfig, Revision, RevisionState
+from mint_catalog.storage.store import Put
 from mint_core.errors import (
     Aborted,
     AlreadyExists,

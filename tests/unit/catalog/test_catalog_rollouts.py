@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from unit.catalog.catalog_lab import POLICY, Lab, digest_of, rollout
 
-from mint_catalog.records import BlobRef, Fence, Numerics
+from mint_catalog.model.records import BlobRef, Fence, Numerics
 from mint_core.errors import AlreadyExists, InvalidArgument, LeaseLost, NotFound
 from mint_core.names import RolloutName
 

@@ -5,8 +5,8 @@ from datetime import UTC, datetime
 import pytest
 from unit.catalog.catalog_lab import Lab
 
-from mint_catalog.records import Fence
-from mint_catalog.run_records import RunProgress, RunStep
+from mint_catalog.model.records import Fence
+from mint_catalog.model.run_records import RunProgress, RunStep
 from mint_core.errors import InvalidArgument, LeaseLost, NotFound
 from mint_core.names import RunName
 

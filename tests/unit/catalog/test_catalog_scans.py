@@ -2,9 +2,9 @@ from __future__ import annotations
 
 from unit.catalog.memory_store import MemoryStore
 
-from mint_catalog.keys import Keys
-from mint_catalog.paging import scan_family, tenants_of
-from mint_catalog.store import Put
+from mint_catalog.model.keys import Keys
+from mint_catalog.storage.paging import scan_family, tenants_of
+from mint_catalog.storage.store import Put
 from mint_core.names import PolicyName
 
 KEYS = Keys()

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from unit.catalog.catalog_lab import POLICY, Lab, digest_of, rollout
 
-from mint_catalog.records import Fence, RevisionState
-from mint_catalog.requests import Request
+from mint_catalog.model.records import Fence, RevisionState
+from mint_catalog.storage.requests import Request
 from mint_core.errors import (
     AlreadyExists,
     EtagMismatch,

@@ -14,13 +14,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from unit.catalog.catalog_lab import BASE, POLICY, Lab
 
-from mint_catalog import retries, turns
-from mint_catalog.audit_codec import AuditCodec
-from mint_catalog.queue import Claim, Outcome, RunQueue
-from mint_catalog.records import BlobRef, Fence
-from mint_catalog.retries import Retries
-from mint_catalog.run_records import Run, RunState, SftRecipe
-from mint_catalog.store import Put, prefix_end
+from mint_catalog.model.audit_codec import AuditCodec
+from mint_catalog.model.records import BlobRef, Fence
+from mint_catalog.model.run_records import Run, RunState, SftRecipe
+from mint_catalog.storage.store import Put, prefix_end
+from mint_catalog.work import retries, turns
+from mint_catalog.work.queue import Claim, Outcome, RunQueue
+from mint_catalog.work.retries import Retries
 from mint_core.errors import MintError
 from mint_core.names import PolicyName, RunName, TenantName
 

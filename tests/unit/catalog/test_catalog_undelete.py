@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from unit.catalog.catalog_lab import BASE, POLICY, Lab
 
-from mint_catalog import policies as policies_module
-from mint_catalog.policies import Policies
-from mint_catalog.records import Policy, PolicyQuota, PolicyState
-from mint_catalog.requests import Request
-from mint_catalog.store import Put
+from mint_catalog.model.records import Policy, PolicyQuota, PolicyState
+from mint_catalog.policies import heads as policies_module
+from mint_catalog.policies.heads import Policies
+from mint_catalog.storage.requests import Request
+from mint_catalog.storage.store import Put
 from mint_core.errors import InvalidArgument, MintError, NotFound, ResourceExhausted, WrongState
 from mint_core.names import AliasName, RevisionName
 

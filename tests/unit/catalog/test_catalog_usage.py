@@ -10,11 +10,11 @@ from unit.catalog.catalog_lab import POLICY, TENANT, Lab
 
 from mint_api.runtime.v1 import usage_report_service_pb2
 from mint_api.v1 import usage_service_pb2
-from mint_catalog import retention
-from mint_catalog.records import Policy
+from mint_catalog.model.records import Policy
 from mint_catalog.servicers.usage import UsageReportServicer, UsageServicer
-from mint_catalog.store import Put
-from mint_catalog.usage import UsageCount, Usages
+from mint_catalog.storage.store import Put
+from mint_catalog.trail import retention
+from mint_catalog.trail.usage import UsageCount, Usages
 from mint_core import errors
 from mint_core.names import PolicyName
 
@@ -24,7 +24,7 @@ DAY = timedelta(days=1)
 
 @pytest.fixture
 def lab(monkeypatch: pytest.MonkeyPatch) -> Lab:
-    for module in ("usage", "retention"):
+    for module in ("trail.usage", "trail.retention"):
         monkeypatch.setattr(f"mint_catalog.{module}.wall_s", lambda: TODAY.timestamp() + 3600)
     return Lab()
 

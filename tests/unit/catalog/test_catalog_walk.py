@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from unit.catalog.memory_store import MemoryStore
 
-from mint_catalog.keys import shard_of
-from mint_catalog.store import KeyValue, Put, ScanResult, prefix_end
-from mint_catalog.walk import clear, walk
+from mint_catalog.model.keys import shard_of
+from mint_catalog.storage.store import KeyValue, Put, ScanResult, prefix_end
+from mint_catalog.storage.walk import clear, walk
 
 
 class _Sorted:

@@ -7,11 +7,11 @@ from collections.abc import AsyncIterator
 import pytest
 from unit.catalog.catalog_lab import POLICY, TENANT, Lab
 
-from mint_catalog.changes import Changes, Event, EventType
-from mint_catalog.signals import Signal
-from mint_catalog.store import Put, Revision, prefix_end
-from mint_catalog.upkeep import compact_history, follow, keep_ticking
-from mint_catalog.watch import Hub
+from mint_catalog.storage.changes import Changes, Event, EventType
+from mint_catalog.storage.signals import Signal
+from mint_catalog.storage.store import Put, Revision, prefix_end
+from mint_catalog.storage.watch import Hub
+from mint_catalog.upkeep.loops import compact_history, follow, keep_ticking
 from mint_core.errors import InvalidArgument, NotFound, RevisionCompacted
 from mint_core.names import PolicyName, RunName
 
@@ -244,7 +244,7 @@ async def test_followers_are_told() -> None:
 async def test_history_is_kept_and_then_compacted(monkeypatch: pytest.MonkeyPatch) -> None:
     lab = Lab()
     time = [0.0]
-    monkeypatch.setattr("mint_catalog.upkeep.monotonic_s", lambda: time[0])
+    monkeypatch.setattr("mint_catalog.upkeep.loops.monotonic_s", lambda: time[0])
     compacted: list[tuple[float, int]] = []
 
     async def compact(revision: int) -> None:

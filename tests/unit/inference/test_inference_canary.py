@@ -7,9 +7,9 @@ import contextlib
 from collections.abc import AsyncGenerator
 
 from mint_api.v1 import inference_service_pb2 as pb
-from mint_catalog.records import Alias, AliasTarget, Canary
-from mint_catalog.records import Resolution as Record
-from mint_catalog.split import chosen
+from mint_catalog.model.records import Alias, AliasTarget, Canary
+from mint_catalog.model.records import Resolution as Record
+from mint_catalog.serving.split import chosen
 from mint_core.errors import Unavailable
 from mint_core.names import AliasName, RevisionName
 from mint_inference.codec import decode_generate, decode_score, encode_header

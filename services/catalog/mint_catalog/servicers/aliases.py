@@ -10,13 +10,13 @@ from typing import Any
 from mint_api.v1 import alias_service_pb2 as pb
 from mint_api.v1 import alias_service_pb2_grpc as pb_grpc
 from mint_api.v1 import common_pb2
-from mint_catalog.aliases import Aliases, Edit, Move
-from mint_catalog.changes import Changes
-from mint_catalog.codec import from_message, to_message
-from mint_catalog.codecs import MessageCodecs
-from mint_catalog.records import Canary, Gate, Resolution
-from mint_catalog.resolve import Freshness, Resolver
+from mint_catalog.model.codec import from_message, to_message
+from mint_catalog.model.codecs import MessageCodecs
+from mint_catalog.model.records import Canary, Gate, Resolution
 from mint_catalog.servicers.common import identity, min_revision, watch_responses
+from mint_catalog.serving.aliases import Aliases, Edit, Move
+from mint_catalog.serving.resolve import Freshness, Resolver
+from mint_catalog.storage.changes import Changes
 from mint_core.calls import principal
 from mint_core.errors import MintError
 from mint_core.names import AliasName, PolicyName

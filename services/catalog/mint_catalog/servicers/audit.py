@@ -8,13 +8,13 @@ from google.protobuf.any_pb2 import Any as AnyMessage
 
 from mint_api.v1 import audit_service_pb2 as pb
 from mint_api.v1 import audit_service_pb2_grpc as pb_grpc
-from mint_catalog.audit import Audited, audited
-from mint_catalog.audit_records import AuditChange, AuditEntry
-from mint_catalog.audit_trail import AuditQuery, AuditTrail
-from mint_catalog.codec import from_message
-from mint_catalog.codecs import HolderCodec, MessageCodecs
-from mint_catalog.keys import Keys
-from mint_catalog.store import KeyValue
+from mint_catalog.model.audit_records import AuditChange, AuditEntry
+from mint_catalog.model.codec import from_message
+from mint_catalog.model.codecs import HolderCodec, MessageCodecs
+from mint_catalog.model.keys import Keys
+from mint_catalog.storage.store import KeyValue
+from mint_catalog.trail.audit import Audited, audited
+from mint_catalog.trail.audit_trail import AuditQuery, AuditTrail
 
 __all__ = ["AuditServicer"]
 

@@ -7,9 +7,9 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from mint_api.runtime.v1 import maintenance_service_pb2 as pb
-from mint_catalog.backup import Backup, BackupHeader, BackupPart, BackupRecord, BackupTrailer
-from mint_catalog.codec import from_message, to_message
-from mint_catalog.restore import Restore
+from mint_catalog.model.codec import from_message, to_message
+from mint_catalog.upkeep.backup import Backup, BackupHeader, BackupPart, BackupRecord, BackupTrailer
+from mint_catalog.upkeep.restore import Restore
 from mint_core.errors import InvalidArgument
 
 __all__ = ["BackupServicer"]

@@ -6,8 +6,8 @@ from typing import Any
 
 from mint_api.v1 import base_model_service_pb2 as pb
 from mint_api.v1 import base_model_service_pb2_grpc as pb_grpc
-from mint_catalog.base_models import BaseModels
-from mint_catalog.codecs import MessageCodecs
+from mint_catalog.model.codecs import MessageCodecs
+from mint_catalog.policies.base_models import BaseModels
 from mint_core.names import BaseModelName
 
 __all__ = ["BaseModelServicer"]

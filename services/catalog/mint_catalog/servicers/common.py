@@ -8,10 +8,10 @@ from typing import Any
 
 from google.protobuf.message import Message
 
-from mint_catalog.changes import Event
-from mint_catalog.codec import Codec, from_message
-from mint_catalog.records import Fence
-from mint_catalog.requests import Request
+from mint_catalog.model.codec import Codec, from_message
+from mint_catalog.model.records import Fence
+from mint_catalog.storage.changes import Event
+from mint_catalog.storage.requests import Request
 from mint_core.calls import principal
 from mint_core.errors import InvalidArgument
 

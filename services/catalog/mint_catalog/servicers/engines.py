@@ -10,11 +10,11 @@ from mint_api.runtime.v1 import registry_service_pb2_grpc as registry_grpc
 from mint_api.v1 import common_pb2
 from mint_api.v1 import engine_replica_service_pb2 as pb
 from mint_api.v1 import engine_replica_service_pb2_grpc as pb_grpc
-from mint_catalog.checks import check_ttl
-from mint_catalog.codec import enum_of, to_message
-from mint_catalog.codecs import MessageCodecs
-from mint_catalog.records import EngineReplicaState
-from mint_catalog.registry import DEFAULT_TTL_S, Registry
+from mint_catalog.model.checks import check_ttl
+from mint_catalog.model.codec import enum_of, to_message
+from mint_catalog.model.codecs import MessageCodecs
+from mint_catalog.model.records import EngineReplicaState
+from mint_catalog.serving.registry import DEFAULT_TTL_S, Registry
 from mint_core.names import BaseModelName, EngineReplicaName
 
 __all__ = ["EngineReplicaServicer", "RegistryServicer"]

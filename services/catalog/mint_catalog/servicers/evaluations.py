@@ -6,8 +6,8 @@ from typing import Any
 
 from mint_api.v1 import evaluation_service_pb2 as pb
 from mint_api.v1 import evaluation_service_pb2_grpc as pb_grpc
-from mint_catalog.codecs import MessageCodecs
-from mint_catalog.evaluations import Evaluations
+from mint_catalog.model.codecs import MessageCodecs
+from mint_catalog.policies.evaluations import Evaluations
 from mint_catalog.servicers.common import check_parent, fence_of
 from mint_core.names import EvaluationName, PolicyName, check_id
 

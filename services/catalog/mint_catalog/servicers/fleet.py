@@ -6,8 +6,8 @@ from typing import Any
 
 from mint_api.v1 import fleet_service_pb2 as pb
 from mint_api.v1 import fleet_service_pb2_grpc as pb_grpc
-from mint_catalog.codecs import MessageCodecs
-from mint_catalog.fleet import Fleet
+from mint_catalog.fleet.operations import Fleet
+from mint_catalog.model.codecs import MessageCodecs
 from mint_catalog.servicers.common import check_parent, identity
 from mint_core.calls import principal
 from mint_core.names import FleetOperationName, TenantName

@@ -8,11 +8,11 @@ from typing import Any
 
 from mint_api.runtime.v1 import maintenance_service_pb2 as pb
 from mint_api.runtime.v1 import maintenance_service_pb2_grpc as pb_grpc
-from mint_catalog.backup import Backup
-from mint_catalog.codec import to_message
-from mint_catalog.garbage import GarbageCollector
-from mint_catalog.restore import Restore
+from mint_catalog.model.codec import to_message
 from mint_catalog.servicers.backup import BackupServicer
+from mint_catalog.upkeep.backup import Backup
+from mint_catalog.upkeep.garbage import GarbageCollector
+from mint_catalog.upkeep.restore import Restore
 
 __all__ = ["MaintenanceServicer"]
 

@@ -10,13 +10,13 @@ from google.rpc import status_pb2
 
 from mint_api.v1 import policy_service_pb2 as pb
 from mint_api.v1 import policy_service_pb2_grpc as pb_grpc
-from mint_catalog.bulk import BulkCreation, worked_at_once
-from mint_catalog.changes import Changes
-from mint_catalog.codecs import MessageCodecs
-from mint_catalog.creation import NewPolicy
-from mint_catalog.policies import Policies
-from mint_catalog.policy_listing import PolicyQuery
+from mint_catalog.model.codecs import MessageCodecs
+from mint_catalog.policies.bulk import BulkCreation, worked_at_once
+from mint_catalog.policies.creation import NewPolicy
+from mint_catalog.policies.heads import Policies
+from mint_catalog.policies.policy_listing import PolicyQuery
 from mint_catalog.servicers.common import check_parent, identity, min_revision, watch_responses
+from mint_catalog.storage.changes import Changes
 from mint_core.errors import MintError
 from mint_core.names import PolicyName, TenantName, check_id
 from mint_core.status import to_status

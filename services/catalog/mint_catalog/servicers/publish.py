@@ -6,9 +6,9 @@ from typing import Any
 
 from mint_api.runtime.v1 import publish_service_pb2 as pb
 from mint_api.runtime.v1 import publish_service_pb2_grpc as pb_grpc
-from mint_catalog.blobs import Blobs
-from mint_catalog.codecs import MessageCodecs
-from mint_catalog.revisions import Revisions
+from mint_catalog.model.codecs import MessageCodecs
+from mint_catalog.policies.blobs import Blobs
+from mint_catalog.policies.revisions import Revisions
 from mint_catalog.servicers.common import fence_of, identity
 from mint_core.names import BlobName, PolicyName
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from mint_api.v1 import revision_service_pb2 as pb
 from mint_api.v1 import revision_service_pb2_grpc as pb_grpc
-from mint_catalog.changes import Changes
-from mint_catalog.codecs import MessageCodecs
-from mint_catalog.revisions import Revisions
+from mint_catalog.model.codecs import MessageCodecs
+from mint_catalog.policies.revisions import Revisions
 from mint_catalog.servicers.common import identity, min_revision, watch_responses
+from mint_catalog.storage.changes import Changes
 from mint_core.names import PolicyName, RevisionName
 
 __all__ = ["RevisionServicer"]

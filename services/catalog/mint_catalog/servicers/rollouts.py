@@ -6,10 +6,10 @@ from typing import Any
 
 from mint_api.v1 import rollout_service_pb2 as pb
 from mint_api.v1 import rollout_service_pb2_grpc as pb_grpc
-from mint_catalog.codec import from_message
-from mint_catalog.codecs import MessageCodecs
-from mint_catalog.records import Fence
-from mint_catalog.rollouts import Rollouts
+from mint_catalog.model.codec import from_message
+from mint_catalog.model.codecs import MessageCodecs
+from mint_catalog.model.records import Fence
+from mint_catalog.policies.rollouts import Rollouts
 from mint_catalog.servicers.common import check_parent
 from mint_core.names import PolicyName, RolloutName, check_id
 

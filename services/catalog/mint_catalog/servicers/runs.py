@@ -8,12 +8,12 @@ from typing import Any
 
 from mint_api.v1 import run_service_pb2 as pb
 from mint_api.v1 import run_service_pb2_grpc as pb_grpc
-from mint_catalog.changes import Changes
-from mint_catalog.codec import check_enums, enum_of, to_message
-from mint_catalog.codecs import MessageCodecs
-from mint_catalog.run_records import RunState
-from mint_catalog.runs import Runs
+from mint_catalog.model.codec import check_enums, enum_of, to_message
+from mint_catalog.model.codecs import MessageCodecs
+from mint_catalog.model.run_records import RunState
 from mint_catalog.servicers.common import identity
+from mint_catalog.storage.changes import Changes
+from mint_catalog.work.runs import Runs
 from mint_core.calls import principal
 from mint_core.names import PolicyName, RunName, TenantName
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from mint_api.v1 import tenant_service_pb2 as pb
 from mint_api.v1 import tenant_service_pb2_grpc as pb_grpc
-from mint_catalog.codecs import MessageCodecs
-from mint_catalog.erasure import Erasures
+from mint_catalog.fleet.erasure import Erasures
+from mint_catalog.model.codecs import MessageCodecs
 from mint_core.calls import principal
 from mint_core.names import TenantErasureName, TenantName
 

@@ -8,8 +8,8 @@ from mint_api.runtime.v1 import usage_report_service_pb2 as report_pb
 from mint_api.runtime.v1 import usage_report_service_pb2_grpc as report_pb_grpc
 from mint_api.v1 import usage_service_pb2 as pb
 from mint_api.v1 import usage_service_pb2_grpc as pb_grpc
-from mint_catalog.codec import from_message, to_message
-from mint_catalog.usage import UsageCount, UsageQuery, Usages
+from mint_catalog.model.codec import from_message, to_message
+from mint_catalog.trail.usage import UsageCount, UsageQuery, Usages
 
 __all__ = ["UsageReportServicer", "UsageServicer"]
 

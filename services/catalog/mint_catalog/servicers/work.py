@@ -8,14 +8,14 @@ from typing import Any
 
 from mint_api.runtime.v1 import work_service_pb2 as pb
 from mint_api.runtime.v1 import work_service_pb2_grpc as pb_grpc
-from mint_catalog.changes import Changes
-from mint_catalog.checks import check_ttl
-from mint_catalog.codec import enum_of, from_message
-from mint_catalog.codecs import MessageCodecs
-from mint_catalog.leases import DEFAULT_TTL_S, Leases, parse_resource
-from mint_catalog.queue import Outcome, RunQueue
-from mint_catalog.records import Fence, TrainingState
-from mint_catalog.run_records import RunEvent, RunProgress, RunState, RunStep
+from mint_catalog.model.checks import check_ttl
+from mint_catalog.model.codec import enum_of, from_message
+from mint_catalog.model.codecs import MessageCodecs
+from mint_catalog.model.records import Fence, TrainingState
+from mint_catalog.model.run_records import RunEvent, RunProgress, RunState, RunStep
+from mint_catalog.storage.changes import Changes
+from mint_catalog.work.leases import DEFAULT_TTL_S, Leases, parse_resource
+from mint_catalog.work.queue import Outcome, RunQueue
 from mint_core.calls import remaining_s
 from mint_core.names import BaseModelName, RunName, TenantName
 

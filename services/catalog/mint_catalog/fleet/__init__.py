@@ -1,0 +1,1 @@
+"""Verbs over many policies, and a tenant's erasure."""

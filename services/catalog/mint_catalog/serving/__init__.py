@@ -1,0 +1,1 @@
+"""What serves: aliases with their canaries and gates, resolution, engine replicas and what they hold."""

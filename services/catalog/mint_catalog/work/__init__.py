@@ -1,0 +1,1 @@
+"""Runs: the queue, claims, leases and what workers tell."""
