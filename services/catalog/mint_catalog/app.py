@@ -135,6 +135,7 @@ async def catalog(settings: CatalogSettings) -> AsyncIterator[Services]:
         residency = Residency(store, tables)
         cache = AliasCache(keys, hub, max_entries=settings.cache_entries, staleness_s=settings.cache_staleness_s)
         hub.listen("aliases", cache)
+        store.on_write(cache.wrote)
         policies = Policies(store, tables, undelete_grace_s=settings.undelete_grace_s)
         fleet = FleetWork(store, tables, Aliases(store, tables, residency), policies)
         erasures = Erasures(store, tables, objects, settle_s=settings.erasure_settle_s)

@@ -20,7 +20,7 @@ from mint_catalog.model.tables import Tables
 from mint_catalog.serving.cache import AliasCache
 from mint_catalog.serving.resolve import Freshness, Resolver
 from mint_catalog.storage.gather import GatheredReads
-from mint_catalog.storage.store import Change, Delete, Put, ReadResult, Revision
+from mint_catalog.storage.store import Change, Delete, DeleteRange, Put, ReadResult, Revision, prefix_end
 from mint_catalog.storage.watch import Hub
 from mint_core import calls
 from mint_core.errors import MintError, NotFound, RevisionCompacted, Unavailable
@@ -69,6 +69,31 @@ class TestRules:
     def test_a_fill_older_than_the_position_is_refused(self) -> None:
         assert not self.cache.fill(alias(LIVE, 1), 9)
         assert self.number() is None
+
+    def test_what_this_process_writes_is_dropped_before_the_watch_tells(self) -> None:
+        other = NAMES[1]
+        for name in (LIVE, other):
+            self.cache.fill(alias(name, 1), 12)
+        self.cache.wrote([Put(KEYS.alias(LIVE), b""), Put(KEYS.policy(LIVE.parent), b"")], 20)
+        assert self.number() is None
+        assert self.number(other) == 1
+        assert not self.cache.fill(alias(LIVE, 1), 19), "it was read before the write"
+        assert self.cache.fill(alias(LIVE, 2), 20)
+        assert self.number() == 2
+
+    def test_what_this_process_deletes_by_range_is_dropped(self) -> None:
+        self.cache.fill(alias(LIVE, 1), 12)
+        self.cache.wrote([DeleteRange(KEYS.family("policies"), KEYS.family("policies") + b"z")], 20)
+        assert self.number() == 1
+        self.cache.wrote([DeleteRange(KEYS.aliases(LIVE.parent), prefix_end(KEYS.aliases(LIVE.parent)))], 21)
+        assert self.number() is None
+        assert not self.cache.fill(alias(LIVE, 1), 20)
+
+    def test_a_store_that_went_back_in_time_takes_fills_again(self) -> None:
+        self.cache.wrote([Delete(KEYS.alias(LIVE))], 500)
+        assert not self.cache.fill(alias(LIVE, 1), 30)
+        self.cache.lost()
+        assert self.cache.fill(alias(LIVE, 1), 30)
 
     def test_a_fill_before_the_watch_has_a_position_is_refused(self) -> None:
         self.told.position = 0

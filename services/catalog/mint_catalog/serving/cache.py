@@ -6,6 +6,8 @@ Resolve answers from here. Three rules keep that right:
   event loop in which its position moves. What it tells of is dropped; the next read fills it again.
 - A fill carries the revision it was read at. One that is older than the hub's position is refused: the change that
   made it old may have been told before the fill came, and then nothing would ever drop it.
+- What this process writes is dropped at once, and no fill from before it is taken: whoever moved an alias through this
+  catalog and resolves it here sees the move, without waiting for the watch.
 - So an entry is right as of the later of its own revision and the hub's position. Whether that is recent enough is for
   the hub to say: it knows until when on the clock it has told of everything. Beyond the staleness bound, and where the
   hub lost its place in history, the store is asked instead.
@@ -23,7 +25,7 @@ from typing import Protocol
 
 from mint_catalog.model.keys import Keys
 from mint_catalog.model.records import Alias
-from mint_catalog.storage.store import Change
+from mint_catalog.storage.store import Change, DeleteRange, Operation, prefix_end
 from mint_core import clock
 
 __all__ = ["AliasCache", "Told"]
@@ -70,6 +72,9 @@ class AliasCache:
         self._staleness_s = staleness_s
         self._now_s = now_s
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
+        self._prefix = keys.family("aliases")
+        self._end = prefix_end(self._prefix)
+        self._wrote_at = 0
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -88,7 +93,7 @@ class AliasCache:
     def fill(self, alias: Alias, read_at: int) -> bool:
         """Keep an alias that was read at a revision of the store; False if the watch may know better."""
         position = self._told.position
-        if not self._max_entries or position == 0 or read_at < position:
+        if not self._max_entries or position == 0 or read_at < max(position, self._wrote_at):
             return False
         name = str(alias.name)
         held = self._entries.get(name)
@@ -106,6 +111,17 @@ class AliasCache:
             self._entries.popitem(last=False)
         return True
 
+    def wrote(self, operations: Sequence[Operation], revision: int) -> None:
+        """This process has written these, at this revision."""
+        for operation in operations:
+            if isinstance(operation, DeleteRange):
+                if operation.start < self._end and self._prefix < operation.end:
+                    self._entries.clear()
+                    self._wrote_at = max(self._wrote_at, revision)
+            elif operation.key.startswith(self._prefix):
+                self._entries.pop(str(self._keys.alias_name(operation.key)), None)
+                self._wrote_at = max(self._wrote_at, revision)
+
     def hear(self, changes: Sequence[Change]) -> None:
         """These aliases changed."""
         if self._entries:
@@ -113,5 +129,6 @@ class AliasCache:
                 self._entries.pop(str(self._keys.alias_name(change.key)), None)
 
     def lost(self) -> None:
-        """The watch missed changes, nobody knows which."""
+        """The watch missed changes, nobody knows which; or the store went back in time."""
         self._entries.clear()
+        self._wrote_at = 0

@@ -156,6 +156,7 @@ class EtcdStore:
         self._lease = pb.LeaseStub(self._channel)
         self._maintenance = pb.MaintenanceStub(self._channel)
         self._watch = pb.WatchStub(self._channel)
+        self._wrote: list[Callable[[Sequence[Operation], int], None]] = []
 
     async def __aenter__(self) -> EtcdStore:
         return self
@@ -256,7 +257,14 @@ class EtcdStore:
             success=[_operation(operation) for operation in operations],
         )
         answer = await self._call(self._kv.Txn, request, "a transaction, which may have been applied")
+        if answer.succeeded:
+            for tell in self._wrote:
+                tell(operations, answer.header.revision)
         return TxnResult(answer.succeeded, answer.header.revision)
+
+    def on_write(self, tell: Callable[[Sequence[Operation], int], None]) -> None:
+        """Tell of each transaction that was applied, with its revision, before anybody here knows that it was."""
+        self._wrote.append(tell)
 
     async def grant(self, ttl_s: int) -> int:
         answer = await self._call(self._lease.LeaseGrant, pb.LeaseGrantRequest(TTL=ttl_s), "a lease grant")
