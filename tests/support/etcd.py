@@ -130,10 +130,10 @@ class EtcdServer:
         """SIGKILL, and wait for the exit."""
         self.stop(signal.SIGKILL)
 
-    def restart(self) -> None:
+    def restart(self, timeout_s: float = 30.0) -> None:
         """SIGKILL and start again."""
         self.kill()
-        self.start()
+        self.start(timeout_s)
 
     def pause(self) -> None:
         """SIGSTOP: the member keeps its connections and answers nothing."""
