@@ -150,7 +150,7 @@ class UsageMeter:
             ledger.due.difference_update(keys)
             try:
                 await reports.report(ledger.reporter, counts)
-            except BaseException:
+            except BaseException:  # failed or cancelled: it may have arrived or not, and is reported again
                 ledger.due.update(keys)
                 ledger.unsure.update(keys)
                 raise
