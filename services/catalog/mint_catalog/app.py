@@ -181,7 +181,6 @@ def _services(
     maintenance: MaintenanceServicer,
     erasures: Erasures,
 ) -> Services:
-    # The stubs' types call a servicer abstract while it leaves an RPC out; gRPC answers UNIMPLEMENTED for those.
     revisions, aliases, runs = Revisions(store, tables), Aliases(store, tables, residency), Runs(store, tables)
     changes, registry = Changes(store, tables, hub, runs), Registry(store, tables)
     public = [
