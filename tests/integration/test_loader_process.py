@@ -209,9 +209,11 @@ async def test_store_to_disk_to_engine_and_once_for_500(node: Node) -> None:
     await node.start()
     ref = await node.adapter(0)
     answers = await asyncio.gather(*(node.ensure(ref) for _ in range(500)))
-    # Those who arrived after the load was done found it in the engine.
-    assert answers[0].found_at == pb.TIER_STORE
-    assert {answer.found_at for answer in answers} <= {pb.TIER_STORE, pb.TIER_HOST}
+    # Those who arrived after the load was done found it in the engine; which of the 500 arrives
+    # first is the scheduler's choice, so the one that came before the load may be any of them.
+    found = {answer.found_at for answer in answers}
+    assert pb.TIER_STORE in found
+    assert found <= {pb.TIER_STORE, pb.TIER_HOST}
     assert node.engine.calls == [f"load {ref.blob.digest}"]
     status = await node.status()
     assert (status.num_misses, status.num_cached, status.bytes_fetched) == (1, 1, ref.blob.size_bytes)
