@@ -38,6 +38,10 @@ test-fault: setup ## The fault tests, long ones included
 test-matrix: setup ## Kill every process at every phase of a GRPO step (20 minutes); CI runs its diagonal
 	$(PYTEST) tests/fault -m matrix
 
+.PHONY: test-motion
+test-motion: setup ## The long proofs of adapters in motion; CI runs shorter ones
+	$(PYTEST) tests/unit tests/integration tests/fault -m motion
+
 .PHONY: test-history
 test-history: setup ## 20 seeded histories of the catalog with kills, checked (10 minutes); CI runs two short ones
 	$(PYTEST) tests/fault/test_catalog_history.py -m history

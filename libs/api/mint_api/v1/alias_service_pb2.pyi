@@ -276,6 +276,7 @@ class Resolution(_message.Message):
     STALE_FIELD_NUMBER: _builtins.int
     CATALOG_REVISION_FIELD_NUMBER: _builtins.int
     SPLIT_FIELD_NUMBER: _builtins.int
+    SIGNATURE_FIELD_NUMBER: _builtins.int
     revision: _builtins.str
     """tenants/{tenant}/policies/{policy}/revisions/{number}"""
     object_key: _builtins.str
@@ -300,6 +301,10 @@ class Resolution(_message.Message):
         every sticky key.
         """
 
+    @_builtins.property
+    def signature(self) -> _common_pb2.AdapterSignature:
+        """Who vouches for the adapter; absent where nobody signed it."""
+
     def __init__(
         self,
         *,
@@ -312,10 +317,11 @@ class Resolution(_message.Message):
         stale: _builtins.bool = ...,
         catalog_revision: _builtins.int = ...,
         split: Global___AliasSplit | None = ...,
+        signature: _common_pb2.AdapterSignature | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["blob", b"blob", "split", b"split"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["blob", b"blob", "signature", b"signature", "split", b"split"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_digest", b"base_digest", "base_model", b"base_model", "blob", b"blob", "canary", b"canary", "catalog_revision", b"catalog_revision", "object_key", b"object_key", "revision", b"revision", "split", b"split", "stale", b"stale"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_digest", b"base_digest", "base_model", b"base_model", "blob", b"blob", "canary", b"canary", "catalog_revision", b"catalog_revision", "object_key", b"object_key", "revision", b"revision", "signature", b"signature", "split", b"split", "stale", b"stale"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

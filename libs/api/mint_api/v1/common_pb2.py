@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14mint/v1/common.proto\x12\x07mint.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"N\n\x0b\x43onsistency\x12\x10\n\x06strong\x18\x01 \x01(\x08H\x00\x12\x1e\n\x14min_catalog_revision\x18\x02 \x01(\x03H\x00\x42\r\n\x0brequirement\"y\n\nLoraConfig\x12\x0c\n\x04rank\x18\x01 \x01(\x05\x12\r\n\x05\x61lpha\x18\x02 \x01(\x01\x12\x16\n\x0etarget_modules\x18\x03 \x03(\t\x12\x12\n\nuse_rslora\x18\x04 \x01(\x08\x12\x0f\n\x07\x64ropout\x18\x05 \x01(\x01\x12\x11\n\tinit_seed\x18\x06 \x01(\x04\"\\\n\x08Numerics\x12\x13\n\x0b\x62\x61se_digest\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\x14\n\x0cquantization\x18\x03 \x01(\t\x12\x16\n\x0e\x65ngine_version\x18\x04 \x01(\t\"-\n\x07\x42lobRef\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\"\xdc\x01\n\rTrainingState\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x03\x12\r\n\x05\x66\x65nce\x18\x03 \x01(\x03\x12\x13\n\x0bweights_key\x18\x04 \x01(\t\x12!\n\x07weights\x18\x05 \x01(\x0b\x32\x10.mint.v1.BlobRef\x12\x15\n\roptimizer_key\x18\x06 \x01(\t\x12#\n\toptimizer\x18\x07 \x01(\x0b\x32\x10.mint.v1.BlobRef\x12-\n\tsave_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"(\n\x05\x46\x65nce\x12\x10\n\x08resource\x18\x01 \x01(\t\x12\r\n\x05token\x18\x02 \x01(\x03\"Z\n\x0b\x41ttribution\x12\x11\n\tprincipal\x18\x01 \x01(\t\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06reason\x18\x03 \x01(\t*\x88\x01\n\x0eWatchEventType\x12 \n\x1cWATCH_EVENT_TYPE_UNSPECIFIED\x10\x00\x12\x18\n\x14WATCH_EVENT_TYPE_PUT\x10\x01\x12\x1b\n\x17WATCH_EVENT_TYPE_DELETE\x10\x02\x12\x1d\n\x19WATCH_EVENT_TYPE_BOOKMARK\x10\x03*\xbc\x01\n\x0cLossFunction\x12\x1d\n\x19LOSS_FUNCTION_UNSPECIFIED\x10\x00\x12\x1f\n\x1bLOSS_FUNCTION_CROSS_ENTROPY\x10\x01\x12%\n!LOSS_FUNCTION_IMPORTANCE_SAMPLING\x10\x02\x12\x15\n\x11LOSS_FUNCTION_PPO\x10\x03\x12\x17\n\x13LOSS_FUNCTION_CISPO\x10\x04\x12\x15\n\x11LOSS_FUNCTION_DRO\x10\x05\x42$Z\"mint.dev/api/gen/go/mint/v1;mintv1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14mint/v1/common.proto\x12\x07mint.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"N\n\x0b\x43onsistency\x12\x10\n\x06strong\x18\x01 \x01(\x08H\x00\x12\x1e\n\x14min_catalog_revision\x18\x02 \x01(\x03H\x00\x42\r\n\x0brequirement\"y\n\nLoraConfig\x12\x0c\n\x04rank\x18\x01 \x01(\x05\x12\r\n\x05\x61lpha\x18\x02 \x01(\x01\x12\x16\n\x0etarget_modules\x18\x03 \x03(\t\x12\x12\n\nuse_rslora\x18\x04 \x01(\x08\x12\x0f\n\x07\x64ropout\x18\x05 \x01(\x01\x12\x11\n\tinit_seed\x18\x06 \x01(\x04\"\\\n\x08Numerics\x12\x13\n\x0b\x62\x61se_digest\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\x14\n\x0cquantization\x18\x03 \x01(\t\x12\x16\n\x0e\x65ngine_version\x18\x04 \x01(\t\"-\n\x07\x42lobRef\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\"\xdc\x01\n\rTrainingState\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x03\x12\r\n\x05\x66\x65nce\x18\x03 \x01(\x03\x12\x13\n\x0bweights_key\x18\x04 \x01(\t\x12!\n\x07weights\x18\x05 \x01(\x0b\x32\x10.mint.v1.BlobRef\x12\x15\n\roptimizer_key\x18\x06 \x01(\t\x12#\n\toptimizer\x18\x07 \x01(\x0b\x32\x10.mint.v1.BlobRef\x12-\n\tsave_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"(\n\x05\x46\x65nce\x12\x10\n\x08resource\x18\x01 \x01(\t\x12\r\n\x05token\x18\x02 \x01(\x03\"Z\n\x0b\x41ttribution\x12\x11\n\tprincipal\x18\x01 \x01(\t\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06reason\x18\x03 \x01(\t\"1\n\x10\x41\x64\x61pterSignature\x12\x0e\n\x06key_id\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x0c*\x88\x01\n\x0eWatchEventType\x12 \n\x1cWATCH_EVENT_TYPE_UNSPECIFIED\x10\x00\x12\x18\n\x14WATCH_EVENT_TYPE_PUT\x10\x01\x12\x1b\n\x17WATCH_EVENT_TYPE_DELETE\x10\x02\x12\x1d\n\x19WATCH_EVENT_TYPE_BOOKMARK\x10\x03*\xbc\x01\n\x0cLossFunction\x12\x1d\n\x19LOSS_FUNCTION_UNSPECIFIED\x10\x00\x12\x1f\n\x1bLOSS_FUNCTION_CROSS_ENTROPY\x10\x01\x12%\n!LOSS_FUNCTION_IMPORTANCE_SAMPLING\x10\x02\x12\x15\n\x11LOSS_FUNCTION_PPO\x10\x03\x12\x17\n\x13LOSS_FUNCTION_CISPO\x10\x04\x12\x15\n\x11LOSS_FUNCTION_DRO\x10\x05\x42$Z\"mint.dev/api/gen/go/mint/v1;mintv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,10 +33,10 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'mint.v1.common_pb2', _globa
 if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'Z\"mint.dev/api/gen/go/mint/v1;mintv1'
-  _globals['_WATCHEVENTTYPE']._serialized_start=768
-  _globals['_WATCHEVENTTYPE']._serialized_end=904
-  _globals['_LOSSFUNCTION']._serialized_start=907
-  _globals['_LOSSFUNCTION']._serialized_end=1095
+  _globals['_WATCHEVENTTYPE']._serialized_start=819
+  _globals['_WATCHEVENTTYPE']._serialized_end=955
+  _globals['_LOSSFUNCTION']._serialized_start=958
+  _globals['_LOSSFUNCTION']._serialized_end=1146
   _globals['_CONSISTENCY']._serialized_start=66
   _globals['_CONSISTENCY']._serialized_end=144
   _globals['_LORACONFIG']._serialized_start=146
@@ -51,4 +51,6 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_FENCE']._serialized_end=673
   _globals['_ATTRIBUTION']._serialized_start=675
   _globals['_ATTRIBUTION']._serialized_end=765
+  _globals['_ADAPTERSIGNATURE']._serialized_start=767
+  _globals['_ADAPTERSIGNATURE']._serialized_end=816
 # @@protoc_insertion_point(module_scope)

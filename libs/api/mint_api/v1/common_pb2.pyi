@@ -334,3 +334,32 @@ class Attribution(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Attribution: _TypeAlias = Attribution  # noqa: Y015
+
+@_typing.final
+class AdapterSignature(_message.Message):
+    """An ed25519 signature that binds an adapter's bytes to a tenant and a base model, so that a node can refuse what its
+    operator's keys did not vouch for, whatever store and catalog say. What is signed are the UTF-8 bytes of
+    "mint-adapter-v1\\n{tenant}\\n{blob digest}\\n{base digest}\\n", tenant being the bare id.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_ID_FIELD_NUMBER: _builtins.int
+    VALUE_FIELD_NUMBER: _builtins.int
+    key_id: _builtins.str
+    """Which key: "sha256:<hex>" of the raw public key (32 bytes)."""
+    value: _builtins.bytes
+    """The 64 bytes of the signature."""
+    def __init__(
+        self,
+        *,
+        key_id: _builtins.str = ...,
+        value: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key_id", b"key_id", "value", b"value"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AdapterSignature: _TypeAlias = AdapterSignature  # noqa: Y015

@@ -26,7 +26,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from mint_api.v1 import common_pb2 as mint_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1emint/v1/revision_service.proto\x12\x07mint.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x14mint/v1/common.proto\"h\n\x07Lineage\x12\x17\n\x0fparent_revision\x18\x01 \x01(\t\x12\x0b\n\x03run\x18\x02 \x01(\t\x12\x0c\n\x04step\x18\x03 \x01(\x03\x12\x13\n\x0b\x64\x61ta_digest\x18\x04 \x01(\t\x12\x14\n\x0c\x63ode_version\x18\x05 \x01(\t\"\xd7\x02\n\x08Revision\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06number\x18\x02 \x01(\x03\x12\x12\n\npolicy_uid\x18\x03 \x01(\t\x12\x1e\n\x04\x62lob\x18\x04 \x01(\x0b\x32\x10.mint.v1.BlobRef\x12\x13\n\x0b\x62\x61se_digest\x18\x05 \x01(\t\x12!\n\x04lora\x18\x06 \x01(\x0b\x32\x13.mint.v1.LoraConfig\x12\x13\n\x0bnum_tensors\x18\x07 \x01(\x05\x12\x0e\n\x06layout\x18\x08 \x01(\t\x12!\n\x07lineage\x18\t \x01(\x0b\x32\x10.mint.v1.Lineage\x12%\n\x05state\x18\n \x01(\x0e\x32\x16.mint.v1.RevisionState\x12\x30\n\x0cpublish_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04\x65tag\x18\x0c \x01(\t\x12\x12\n\nobject_key\x18\r \x01(\t\"M\n\x12GetRevisionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12)\n\x0b\x63onsistency\x18\x02 \x01(\x0b\x32\x14.mint.v1.Consistency\":\n\x13GetRevisionResponse\x12#\n\x08revision\x18\x01 \x01(\x0b\x32\x11.mint.v1.Revision\"M\n\x14ListRevisionsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"p\n\x15ListRevisionsResponse\x12$\n\trevisions\x18\x01 \x03(\x0b\x32\x11.mint.v1.Revision\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\x12\x18\n\x10\x63\x61talog_revision\x18\x03 \x01(\x03\"G\n\x15RetireRevisionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"W\n\x16RetireRevisionResponse\x12#\n\x08revision\x18\x01 \x01(\x0b\x32\x11.mint.v1.Revision\x12\x18\n\x10\x63\x61talog_revision\x18\x02 \x01(\x03\"G\n\x15\x44\x65leteRevisionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"2\n\x16\x44\x65leteRevisionResponse\x12\x18\n\x10\x63\x61talog_revision\x18\x01 \x01(\x03\"M\n\x15WatchRevisionsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12$\n\x1cstart_after_catalog_revision\x18\x02 \x01(\x03\"~\n\x16WatchRevisionsResponse\x12%\n\x04type\x18\x01 \x01(\x0e\x32\x17.mint.v1.WatchEventType\x12#\n\x08revision\x18\x02 \x01(\x0b\x32\x11.mint.v1.Revision\x12\x18\n\x10\x63\x61talog_revision\x18\x03 \x01(\x03*\x81\x01\n\rRevisionState\x12\x1e\n\x1aREVISION_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14REVISION_STATE_READY\x10\x01\x12\x1a\n\x16REVISION_STATE_RETIRED\x10\x02\x12\x1a\n\x16REVISION_STATE_DELETED\x10\x03\x32\xa6\x03\n\x0fRevisionService\x12H\n\x0bGetRevision\x12\x1b.mint.v1.GetRevisionRequest\x1a\x1c.mint.v1.GetRevisionResponse\x12N\n\rListRevisions\x12\x1d.mint.v1.ListRevisionsRequest\x1a\x1e.mint.v1.ListRevisionsResponse\x12Q\n\x0eRetireRevision\x12\x1e.mint.v1.RetireRevisionRequest\x1a\x1f.mint.v1.RetireRevisionResponse\x12Q\n\x0e\x44\x65leteRevision\x12\x1e.mint.v1.DeleteRevisionRequest\x1a\x1f.mint.v1.DeleteRevisionResponse\x12S\n\x0eWatchRevisions\x12\x1e.mint.v1.WatchRevisionsRequest\x1a\x1f.mint.v1.WatchRevisionsResponse0\x01\x42$Z\"mint.dev/api/gen/go/mint/v1;mintv1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1emint/v1/revision_service.proto\x12\x07mint.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x14mint/v1/common.proto\"x\n\x07Lineage\x12\x17\n\x0fparent_revision\x18\x01 \x01(\t\x12\x0b\n\x03run\x18\x02 \x01(\t\x12\x0c\n\x04step\x18\x03 \x01(\x03\x12\x13\n\x0b\x64\x61ta_digest\x18\x04 \x01(\t\x12\x14\n\x0c\x63ode_version\x18\x05 \x01(\t\x12\x0e\n\x06recipe\x18\x06 \x01(\t\"\x85\x03\n\x08Revision\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06number\x18\x02 \x01(\x03\x12\x12\n\npolicy_uid\x18\x03 \x01(\t\x12\x1e\n\x04\x62lob\x18\x04 \x01(\x0b\x32\x10.mint.v1.BlobRef\x12\x13\n\x0b\x62\x61se_digest\x18\x05 \x01(\t\x12!\n\x04lora\x18\x06 \x01(\x0b\x32\x13.mint.v1.LoraConfig\x12\x13\n\x0bnum_tensors\x18\x07 \x01(\x05\x12\x0e\n\x06layout\x18\x08 \x01(\t\x12!\n\x07lineage\x18\t \x01(\x0b\x32\x10.mint.v1.Lineage\x12%\n\x05state\x18\n \x01(\x0e\x32\x16.mint.v1.RevisionState\x12\x30\n\x0cpublish_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04\x65tag\x18\x0c \x01(\t\x12\x12\n\nobject_key\x18\r \x01(\t\x12,\n\tsignature\x18\x0e \x01(\x0b\x32\x19.mint.v1.AdapterSignature\"M\n\x12GetRevisionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12)\n\x0b\x63onsistency\x18\x02 \x01(\x0b\x32\x14.mint.v1.Consistency\":\n\x13GetRevisionResponse\x12#\n\x08revision\x18\x01 \x01(\x0b\x32\x11.mint.v1.Revision\"M\n\x14ListRevisionsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"p\n\x15ListRevisionsResponse\x12$\n\trevisions\x18\x01 \x03(\x0b\x32\x11.mint.v1.Revision\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\x12\x18\n\x10\x63\x61talog_revision\x18\x03 \x01(\x03\"G\n\x15RetireRevisionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"W\n\x16RetireRevisionResponse\x12#\n\x08revision\x18\x01 \x01(\x0b\x32\x11.mint.v1.Revision\x12\x18\n\x10\x63\x61talog_revision\x18\x02 \x01(\x03\"G\n\x15\x44\x65leteRevisionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"2\n\x16\x44\x65leteRevisionResponse\x12\x18\n\x10\x63\x61talog_revision\x18\x01 \x01(\x03\"M\n\x15WatchRevisionsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12$\n\x1cstart_after_catalog_revision\x18\x02 \x01(\x03\"~\n\x16WatchRevisionsResponse\x12%\n\x04type\x18\x01 \x01(\x0e\x32\x17.mint.v1.WatchEventType\x12#\n\x08revision\x18\x02 \x01(\x0b\x32\x11.mint.v1.Revision\x12\x18\n\x10\x63\x61talog_revision\x18\x03 \x01(\x03*\x81\x01\n\rRevisionState\x12\x1e\n\x1aREVISION_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14REVISION_STATE_READY\x10\x01\x12\x1a\n\x16REVISION_STATE_RETIRED\x10\x02\x12\x1a\n\x16REVISION_STATE_DELETED\x10\x03\x32\xa6\x03\n\x0fRevisionService\x12H\n\x0bGetRevision\x12\x1b.mint.v1.GetRevisionRequest\x1a\x1c.mint.v1.GetRevisionResponse\x12N\n\rListRevisions\x12\x1d.mint.v1.ListRevisionsRequest\x1a\x1e.mint.v1.ListRevisionsResponse\x12Q\n\x0eRetireRevision\x12\x1e.mint.v1.RetireRevisionRequest\x1a\x1f.mint.v1.RetireRevisionResponse\x12Q\n\x0e\x44\x65leteRevision\x12\x1e.mint.v1.DeleteRevisionRequest\x1a\x1f.mint.v1.DeleteRevisionResponse\x12S\n\x0eWatchRevisions\x12\x1e.mint.v1.WatchRevisionsRequest\x1a\x1f.mint.v1.WatchRevisionsResponse0\x01\x42$Z\"mint.dev/api/gen/go/mint/v1;mintv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,32 +34,32 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'mint.v1.revision_service_pb
 if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'Z\"mint.dev/api/gen/go/mint/v1;mintv1'
-  _globals['_REVISIONSTATE']._serialized_start=1377
-  _globals['_REVISIONSTATE']._serialized_end=1506
+  _globals['_REVISIONSTATE']._serialized_start=1439
+  _globals['_REVISIONSTATE']._serialized_end=1568
   _globals['_LINEAGE']._serialized_start=98
-  _globals['_LINEAGE']._serialized_end=202
-  _globals['_REVISION']._serialized_start=205
-  _globals['_REVISION']._serialized_end=548
-  _globals['_GETREVISIONREQUEST']._serialized_start=550
-  _globals['_GETREVISIONREQUEST']._serialized_end=627
-  _globals['_GETREVISIONRESPONSE']._serialized_start=629
-  _globals['_GETREVISIONRESPONSE']._serialized_end=687
-  _globals['_LISTREVISIONSREQUEST']._serialized_start=689
-  _globals['_LISTREVISIONSREQUEST']._serialized_end=766
-  _globals['_LISTREVISIONSRESPONSE']._serialized_start=768
-  _globals['_LISTREVISIONSRESPONSE']._serialized_end=880
-  _globals['_RETIREREVISIONREQUEST']._serialized_start=882
-  _globals['_RETIREREVISIONREQUEST']._serialized_end=953
-  _globals['_RETIREREVISIONRESPONSE']._serialized_start=955
-  _globals['_RETIREREVISIONRESPONSE']._serialized_end=1042
-  _globals['_DELETEREVISIONREQUEST']._serialized_start=1044
-  _globals['_DELETEREVISIONREQUEST']._serialized_end=1115
-  _globals['_DELETEREVISIONRESPONSE']._serialized_start=1117
-  _globals['_DELETEREVISIONRESPONSE']._serialized_end=1167
-  _globals['_WATCHREVISIONSREQUEST']._serialized_start=1169
-  _globals['_WATCHREVISIONSREQUEST']._serialized_end=1246
-  _globals['_WATCHREVISIONSRESPONSE']._serialized_start=1248
-  _globals['_WATCHREVISIONSRESPONSE']._serialized_end=1374
-  _globals['_REVISIONSERVICE']._serialized_start=1509
-  _globals['_REVISIONSERVICE']._serialized_end=1931
+  _globals['_LINEAGE']._serialized_end=218
+  _globals['_REVISION']._serialized_start=221
+  _globals['_REVISION']._serialized_end=610
+  _globals['_GETREVISIONREQUEST']._serialized_start=612
+  _globals['_GETREVISIONREQUEST']._serialized_end=689
+  _globals['_GETREVISIONRESPONSE']._serialized_start=691
+  _globals['_GETREVISIONRESPONSE']._serialized_end=749
+  _globals['_LISTREVISIONSREQUEST']._serialized_start=751
+  _globals['_LISTREVISIONSREQUEST']._serialized_end=828
+  _globals['_LISTREVISIONSRESPONSE']._serialized_start=830
+  _globals['_LISTREVISIONSRESPONSE']._serialized_end=942
+  _globals['_RETIREREVISIONREQUEST']._serialized_start=944
+  _globals['_RETIREREVISIONREQUEST']._serialized_end=1015
+  _globals['_RETIREREVISIONRESPONSE']._serialized_start=1017
+  _globals['_RETIREREVISIONRESPONSE']._serialized_end=1104
+  _globals['_DELETEREVISIONREQUEST']._serialized_start=1106
+  _globals['_DELETEREVISIONREQUEST']._serialized_end=1177
+  _globals['_DELETEREVISIONRESPONSE']._serialized_start=1179
+  _globals['_DELETEREVISIONRESPONSE']._serialized_end=1229
+  _globals['_WATCHREVISIONSREQUEST']._serialized_start=1231
+  _globals['_WATCHREVISIONSREQUEST']._serialized_end=1308
+  _globals['_WATCHREVISIONSRESPONSE']._serialized_start=1310
+  _globals['_WATCHREVISIONSRESPONSE']._serialized_end=1436
+  _globals['_REVISIONSERVICE']._serialized_start=1571
+  _globals['_REVISIONSERVICE']._serialized_end=1993
 # @@protoc_insertion_point(module_scope)

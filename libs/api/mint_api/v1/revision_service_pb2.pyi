@@ -60,6 +60,7 @@ class Lineage(_message.Message):
     STEP_FIELD_NUMBER: _builtins.int
     DATA_DIGEST_FIELD_NUMBER: _builtins.int
     CODE_VERSION_FIELD_NUMBER: _builtins.int
+    RECIPE_FIELD_NUMBER: _builtins.int
     parent_revision: _builtins.str
     """Name of the revision that training started from, empty for the base."""
     run: _builtins.str
@@ -70,6 +71,8 @@ class Lineage(_message.Message):
     """Digest of the training data."""
     code_version: _builtins.str
     """Version of the code that trained and exported it."""
+    recipe: _builtins.str
+    """Name of the recipe the run followed ("sft", "dpo", "grpo"), empty for a session driven by hand and for imports."""
     def __init__(
         self,
         *,
@@ -78,10 +81,11 @@ class Lineage(_message.Message):
         step: _builtins.int = ...,
         data_digest: _builtins.str = ...,
         code_version: _builtins.str = ...,
+        recipe: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["code_version", b"code_version", "data_digest", b"data_digest", "parent_revision", b"parent_revision", "run", b"run", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["code_version", b"code_version", "data_digest", b"data_digest", "parent_revision", b"parent_revision", "recipe", b"recipe", "run", b"run", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -106,6 +110,7 @@ class Revision(_message.Message):
     PUBLISH_TIME_FIELD_NUMBER: _builtins.int
     ETAG_FIELD_NUMBER: _builtins.int
     OBJECT_KEY_FIELD_NUMBER: _builtins.int
+    SIGNATURE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """tenants/{tenant}/policies/{policy}/revisions/{number}"""
     number: _builtins.int
@@ -140,6 +145,10 @@ class Revision(_message.Message):
     def publish_time(self) -> _timestamp_pb2.Timestamp:
         """When it was published."""
 
+    @_builtins.property
+    def signature(self) -> _common_pb2.AdapterSignature:
+        """Who vouches for the adapter; absent where nobody signed it."""
+
     def __init__(
         self,
         *,
@@ -156,10 +165,11 @@ class Revision(_message.Message):
         publish_time: _timestamp_pb2.Timestamp | None = ...,
         etag: _builtins.str = ...,
         object_key: _builtins.str = ...,
+        signature: _common_pb2.AdapterSignature | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["blob", b"blob", "lineage", b"lineage", "lora", b"lora", "publish_time", b"publish_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["blob", b"blob", "lineage", b"lineage", "lora", b"lora", "publish_time", b"publish_time", "signature", b"signature"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_digest", b"base_digest", "blob", b"blob", "etag", b"etag", "layout", b"layout", "lineage", b"lineage", "lora", b"lora", "name", b"name", "num_tensors", b"num_tensors", "number", b"number", "object_key", b"object_key", "policy_uid", b"policy_uid", "publish_time", b"publish_time", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_digest", b"base_digest", "blob", b"blob", "etag", b"etag", "layout", b"layout", "lineage", b"lineage", "lora", b"lora", "name", b"name", "num_tensors", b"num_tensors", "number", b"number", "object_key", b"object_key", "policy_uid", b"policy_uid", "publish_time", b"publish_time", "signature", b"signature", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

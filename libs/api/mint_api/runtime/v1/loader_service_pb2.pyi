@@ -99,6 +99,7 @@ class AdapterRef(_message.Message):
     BLOB_FIELD_NUMBER: _builtins.int
     OBJECT_KEY_FIELD_NUMBER: _builtins.int
     BASE_DIGEST_FIELD_NUMBER: _builtins.int
+    SIGNATURE_FIELD_NUMBER: _builtins.int
     tenant: _builtins.str
     """tenants/{tenant}"""
     object_key: _builtins.str
@@ -109,6 +110,10 @@ class AdapterRef(_message.Message):
     def blob(self) -> _common_pb2.BlobRef:
         """Digest and size."""
 
+    @_builtins.property
+    def signature(self) -> _common_pb2.AdapterSignature:
+        """Who vouches for it; a node refuses an unsigned adapter of a tenant whose signatures its operator demands."""
+
     def __init__(
         self,
         *,
@@ -116,10 +121,11 @@ class AdapterRef(_message.Message):
         blob: _common_pb2.BlobRef | None = ...,
         object_key: _builtins.str = ...,
         base_digest: _builtins.str = ...,
+        signature: _common_pb2.AdapterSignature | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["blob", b"blob"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["blob", b"blob", "signature", b"signature"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_digest", b"base_digest", "blob", b"blob", "object_key", b"object_key", "tenant", b"tenant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_digest", b"base_digest", "blob", b"blob", "object_key", b"object_key", "signature", b"signature", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
