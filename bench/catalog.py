@@ -15,11 +15,13 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
+from bench.mlflow_side import OwnClient, Pair, SideBySide
 from bench.support import mlflow
 from bench.support.clients import Clients, clients_of, resolve
 from bench.support.population import (
@@ -44,6 +46,7 @@ from mint_api.v1 import (
 from mint_blobs.s3 import S3ObjectStore
 from mint_catalog.model.keys import NUM_SHARDS, Keys
 from mint_catalog.storage.store import prefix_end
+from mint_client import Endpoints, MintClient
 from mint_core.channel import call, connect, stream
 from mint_core.names import AliasName, PolicyName, RevisionName, TenantName
 from support.etcd import EtcdServer
@@ -128,7 +131,7 @@ class Bench:
         if self.wanted("watch"):
             await self._watch(clients, raw)
         if self.wanted("mlflow"):
-            await self._mlflow(clients)
+            await self._mlflow(raw)
 
     async def _populate_and_resolve(self, raw: RawEtcd) -> None:
         """Fill the catalog; resolve uncached at a thousand policies and at all of them."""
@@ -341,17 +344,36 @@ class Bench:
         self.report.detail("etcd_watch_p99_ms", quantile(put, 0.99) * 1e3)
         self.report.figure("watch_p99_over_etcd", quantile(promoted, 0.99) / quantile(put, 0.99))
 
-    async def _mlflow(self, clients: Clients) -> None:
+    async def _mlflow(self, raw: RawEtcd) -> None:
         """The same three operations on MLflow's registry, one caller and eight, in turns."""
-        from bench.mlflow_side import side_by_side
-
         server = mlflow.MlflowServer(self.folder / "mlflow", num_workers=self.options.mlflow_workers)
         server.start()
+        driver = None
         try:
             await asyncio.to_thread(server.wait_ready)
+            driver = mlflow.ClientDriver(server.port, self.folder / "mlflow-client.log")
+            await asyncio.to_thread(driver.wait_ready)
             first = self.num + 10_000_000
-            await side_by_side(self.report, clients, server.port, self.blobs, first, self.options.reps)
+            side = SideBySide(self.report, raw, [], self.blobs, first, self.options.reps)
+
+            @contextlib.asynccontextmanager
+            async def clients() -> AsyncIterator[None]:
+                endpoints = Endpoints(catalog=self.catalog.public)
+                async with MintClient(endpoints) as own, clients_of(self.catalog) as stubs:
+                    rest = mlflow.RestDriver(server.port)
+                    side.pairs = [Pair("", OwnClient(own), driver), Pair("_rest", stubs, rest)]
+                    yield
+
+            async with clients():
+                await side.prepare()
+                await side.run()
+            async with self.catalog.with_settings(recent_records=0), clients():
+                for pair, ratio in zip(side.pairs, await side.compare("alias", "_read"), strict=True):
+                    self.report.detail(f"vs_mlflow_alias{pair.suffix}_read", ratio)
+            await self.catalog.ready()
         finally:
+            if driver is not None:
+                driver.stop()
             server.stop()
 
     async def _restart(self) -> None:

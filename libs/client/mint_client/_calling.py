@@ -26,6 +26,7 @@ class Connection:
         self._service = service
         self._address = address
         self._channel: Any = None
+        self._stubs: dict[Callable[[Any], Any], Any] = {}
 
     def stub(self, make: Callable[[Any], T]) -> T:
         """A stub on the channel. Raises :class:`FailedPrecondition` if the client was given no address."""
@@ -36,12 +37,16 @@ class Connection:
                     f"e.g. Endpoints({self._service}='127.0.0.1:7000')"
                 )
             self._channel = connect(self._address)
-        return make(self._channel)
+        if make not in self._stubs:  # making one makes all of its methods: a good part of what a small call costs
+            self._stubs[make] = make(self._channel)
+        stub: T = self._stubs[make]
+        return stub
 
     async def close(self) -> None:
         if self._channel is not None:
             await self._channel.close()
             self._channel = None
+            self._stubs.clear()
 
 
 async def pages(read: Callable[[str], Awaitable[Any]], field: str) -> AsyncIterator[Any]:

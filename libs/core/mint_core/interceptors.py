@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 import grpc
@@ -18,36 +18,36 @@ from mint_core.calls import ANONYMOUS, PRINCIPAL_KEY, inbound_call
 from mint_core.log import get_logger
 from mint_core.status import grpc_status
 
-__all__ = ["ErrorInterceptor"]
+__all__ = ["Methods"]
 
 _log = get_logger(__name__)
 
 
-class ErrorInterceptor(grpc.aio.ServerInterceptor):
-    """Turns :class:`MintError` into its status and anything else into INTERNAL with an error id.
+class Methods(grpc.GenericRpcHandler):
+    """All methods of one server: what the generated ``add_…_to_server`` are given instead of it.
 
-    The stack trace of a bug goes to the log under that id, never to the client. It must be the last interceptor of its
-    server: it keeps each method's handler, and asks no further from the second call on.
+    Each is wrapped here, once: its :class:`MintError` leave as their statuses, anything else as INTERNAL with an error
+    id; the stack trace of a bug goes to the log under that id, never to the client. An interceptor would be awaited at
+    each call.
+
+    The server gets this one table and no "registered" methods, of which it keeps a pending request each and goes over
+    all of them whenever one is called: with the catalog's sixty that costs as much as serving the call.
     """
 
     def __init__(self) -> None:
         self._handlers: dict[str, grpc.RpcMethodHandler] = {}
 
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler:
-        # What a method is handled by does not change while a server lives: asking and wrapping are for the first call.
-        method = handler_call_details.method
-        known = self._handlers.get(method)
-        if known is not None:
-            return known
-        handler = await continuation(handler_call_details)
-        if handler is None:
-            return handler
-        self._handlers[method] = wrapped = _wrapped(method, handler)
-        return wrapped
+    def add_registered_method_handlers(self, service_name: str, handlers: Mapping[str, grpc.RpcMethodHandler]) -> None:
+        """Called by generated code, with all methods of a service."""
+        for name, handler in handlers.items():
+            method = f"/{service_name}/{name}"
+            self._handlers[method] = _wrapped(method, handler)
+
+    def add_generic_rpc_handlers(self, handlers: Sequence[grpc.GenericRpcHandler]) -> None:
+        """Called by generated code as well, with the same methods; :meth:`add_registered_method_handlers` took them."""
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
+        return self._handlers.get(handler_call_details.method)
 
 
 def _wrapped(method: str, handler: grpc.RpcMethodHandler) -> grpc.RpcMethodHandler:
@@ -64,17 +64,19 @@ def _wrapped(method: str, handler: grpc.RpcMethodHandler) -> grpc.RpcMethodHandl
     return make(_unary(method, inner), handler.request_deserializer, handler.response_serializer)
 
 
-@contextlib.contextmanager
-def _caller(method: str, context: grpc.aio.ServicerContext) -> Iterator[None]:
-    metadata = dict(context.invocation_metadata() or ())
-    remaining = context.time_remaining()
-    with inbound_call(str(metadata.get(PRINCIPAL_KEY, ANONYMOUS)), remaining, method.removeprefix("/")):
-        yield
+def _inbound(method: str, context: grpc.aio.ServicerContext) -> inbound_call:
+    caller = ANONYMOUS
+    for key, value in context.invocation_metadata() or ():
+        if key == PRINCIPAL_KEY:
+            caller = str(value)
+    return inbound_call(caller, context.time_remaining(), method)
 
 
 def _unary(method: str, inner: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    name = method.removeprefix("/")
+
     async def call(request: Any, context: grpc.aio.ServicerContext) -> Any:
-        with _caller(method, context):
+        with _inbound(name, context):
             try:
                 return await inner(request, context)
             except Exception as error:  # noqa: BLE001 - the border: whatever it is, the client gets a status
@@ -84,8 +86,10 @@ def _unary(method: str, inner: Callable[..., Awaitable[Any]]) -> Callable[..., A
 
 
 def _streaming(method: str, inner: Callable[..., AsyncIterator[Any]]) -> Callable[..., AsyncIterator[Any]]:
+    name = method.removeprefix("/")
+
     async def call(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
-        with _caller(method, context):
+        with _inbound(name, context):
             try:
                 async with contextlib.aclosing(inner(request, context)) as responses:  # type: ignore[type-var]
                     async for response in responses:

@@ -18,12 +18,12 @@ from typing import Any
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from mint_core import log, telemetry
 from mint_core.config import ServiceSettings
 from mint_core.errors import FailedPrecondition, MintError
-from mint_core.interceptors import ErrorInterceptor
+from mint_core.interceptors import Methods
 
 __all__ = ["Addresses", "Binding", "Services", "run", "running"]
 
@@ -34,7 +34,7 @@ _log = log.get_logger(__name__)
 class Binding:
     """One servicer and how to add it."""
 
-    add: Callable[[Any, grpc.aio.Server], None]
+    add: Callable[[Any, Any], None]
     """The generated ``add_…_to_server``."""
     servicer: object
     service_name: str
@@ -64,7 +64,7 @@ class _Endpoint:
 
     def __init__(self, address: str, bindings: Sequence[Binding], settings: ServiceSettings) -> None:
         self._server = grpc.aio.server(
-            interceptors=[*telemetry.server_interceptors(), ErrorInterceptor()],
+            interceptors=telemetry.server_interceptors(),
             options=[
                 ("grpc.max_receive_message_length", settings.max_message_bytes),
                 ("grpc.max_send_message_length", settings.max_message_bytes),
@@ -74,12 +74,16 @@ class _Endpoint:
             ],
         )
         self._health = health.aio.HealthServicer()
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        methods = Methods()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, methods)
         self._names = [binding.service_name for binding in bindings]
         for binding in bindings:
-            binding.add(binding.servicer, self._server)
+            binding.add(binding.servicer, methods)
         reflected = [*self._names, health.SERVICE_NAME, reflection.SERVICE_NAME]
-        reflection.enable_server_reflection(reflected, self._server)
+        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(
+            reflection.aio.ReflectionServicer(reflected), methods
+        )
+        self._server.add_generic_rpc_handlers((methods,))
         self.address = _bind(self._server, address)
 
     async def start(self) -> None:
@@ -127,8 +131,17 @@ async def running(
             await asyncio.gather(*(endpoint.stop(settings.grace_s) for endpoint in endpoints))
 
 
-def run(name: str, settings: ServiceSettings, build: Callable[[], AbstractAsyncContextManager[Services]]) -> None:
-    """Run a service until SIGTERM or SIGINT. A :class:`MintError` at start ends it with one clear line."""
+def run(
+    name: str,
+    settings: ServiceSettings,
+    build: Callable[[], AbstractAsyncContextManager[Services]],
+    *,
+    loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None,
+) -> None:
+    """Run a service until SIGTERM or SIGINT. A :class:`MintError` at start ends it with one clear line.
+
+    ``loop_factory`` makes its event loop, None asyncio's own kind.
+    """
     log.configure(name, settings.log_level)
 
     async def serve() -> None:
@@ -143,7 +156,8 @@ def run(name: str, settings: ServiceSettings, build: Callable[[], AbstractAsyncC
         await serving
 
     try:
-        asyncio.run(serve())
+        with asyncio.Runner(loop_factory=loop_factory) as runner:
+            runner.run(serve())
     except MintError as error:
         _log.critical(error.message, extra={"fields": {"reason": error.reason}})
         raise SystemExit(f"mint-{name}: {error.reason}: {error.message}") from None

@@ -83,6 +83,8 @@ from mint_catalog.storage.changes import Changes
 from mint_catalog.storage.duty import CATALOG_PRINCIPAL, Duties, keep_doing
 from mint_catalog.storage.etcd import EtcdStore
 from mint_catalog.storage.members import Members
+from mint_catalog.storage.nearby import NearbyReads
+from mint_catalog.storage.recent import FAMILIES, Recent
 from mint_catalog.storage.signals import Signal
 from mint_catalog.storage.watch import Hub
 from mint_catalog.trail.audit_trail import AuditTrail
@@ -136,8 +138,12 @@ async def catalog(settings: CatalogSettings) -> AsyncIterator[Services]:
         cache = AliasCache(keys, hub, max_entries=settings.cache_entries, staleness_s=settings.cache_staleness_s)
         hub.listen("aliases", cache)
         store.on_write(cache.wrote)
+        recent = Recent(max_records=settings.recent_records)
+        for family in FAMILIES:
+            hub.listen(family, recent)
+        aliases = Aliases(store, tables, residency, recent)
         policies = Policies(store, tables, undelete_grace_s=settings.undelete_grace_s)
-        fleet = FleetWork(store, tables, Aliases(store, tables, residency), policies)
+        fleet = FleetWork(store, tables, aliases, policies)
         erasures = Erasures(store, tables, objects, settle_s=settings.erasure_settle_s)
         loops: dict[str, Callable[[], Awaitable[None]]] = {
             "watch": hub.run,
@@ -166,7 +172,11 @@ async def catalog(settings: CatalogSettings) -> AsyncIterator[Services]:
                 duties, ERASURE_DUTY, erasures.work, _JOB_INTERVAL_S, pending=erasures.pending
             )
         async with _running(loops):
-            yield _services(store, tables, codecs, hub, queue, policies, residency, cache, maintenance, erasures)
+            nearby = NearbyReads(store, hub, staleness_s=settings.cache_staleness_s)
+            resolver = Resolver(store, tables, cache, nearby)
+            yield _services(
+                store, tables, codecs, hub, queue, policies, aliases, residency, resolver, maintenance, erasures
+            )
 
 
 def _services(
@@ -176,12 +186,13 @@ def _services(
     hub: Hub,
     queue: RunQueue,
     policies: Policies,
+    aliases: Aliases,
     residency: Residency,
-    cache: AliasCache,
+    resolver: Resolver,
     maintenance: MaintenanceServicer,
     erasures: Erasures,
 ) -> Services:
-    revisions, aliases, runs = Revisions(store, tables), Aliases(store, tables, residency), Runs(store, tables)
+    revisions, runs = Revisions(store, tables), Runs(store, tables)
     changes, registry = Changes(store, tables, hub, runs), Registry(store, tables)
     public = [
         Binding(
@@ -201,7 +212,7 @@ def _services(
         ),
         Binding(
             alias_service_pb2_grpc.add_AliasServiceServicer_to_server,
-            AliasServicer(aliases, Resolver(store, tables, cache), changes, codecs),
+            AliasServicer(aliases, resolver, changes, codecs),
             alias_service_pb2.DESCRIPTOR.services_by_name["AliasService"].full_name,
         ),
         Binding(

@@ -24,6 +24,7 @@ from mint_catalog.serving.cache import AliasCache
 from mint_catalog.serving.registry import Registry
 from mint_catalog.serving.resolve import Resolver
 from mint_catalog.storage.draft import Written
+from mint_catalog.storage.recent import Recent
 from mint_catalog.storage.requests import Request
 from mint_catalog.storage.signals import Signal
 from mint_catalog.storage.store import Store
@@ -90,7 +91,8 @@ class Lab:
         self.base_models = BaseModels(self.store, self.tables)
         self.policies = Policies(self.store, self.tables)
         self.revisions = Revisions(self.store, self.tables)
-        self.aliases = Aliases(self.store, self.tables)
+        self.recent = Recent(max_records=1000)  # nobody runs the hub here: others' writes make it stale
+        self.aliases = Aliases(self.store, self.tables, recent=self.recent)
         self.hub = Hub(self.store, self.keys)
         self.cache = AliasCache(self.keys, self.hub, max_entries=1000, staleness_s=5.0)
         self.hub.listen("aliases", self.cache)

@@ -69,6 +69,13 @@ class MemoryStore:
         at = self._check(revision)
         return ReadResult(tuple(self._at(key, at) for key in keys), self.revision)
 
+    @property
+    def seen_revision(self) -> int:
+        return self.revision
+
+    async def get_nearby(self, keys: Sequence[bytes]) -> ReadResult:
+        return await self.get(keys)
+
     def _range(self, start: bytes, end: bytes, revision: int) -> list[KeyValue]:
         found = [self._at(key, revision) for key in sorted(self._versions) if start <= key < end]
         return [kv for kv in found if kv is not None]

@@ -11,7 +11,8 @@ from unit.catalog.catalog_lab import digest_of
 
 from mint_api.runtime.v1 import publish_service_pb2
 from mint_api.v1 import alias_service_pb2, policy_service_pb2, revision_service_pb2
-from mint_catalog.model.codec import to_message
+from mint_catalog.model.alias_answer import decode_alias_answer
+from mint_catalog.model.codec import from_message, to_message
 from mint_catalog.model.codecs import MessageCodecs
 from mint_catalog.model.folding import fold_alias, fold_blob, fold_policy, fold_revision
 from mint_catalog.model.keys import Keys
@@ -23,6 +24,7 @@ from mint_catalog.model.records import (
     BlobRecord,
     BlobRef,
     BlobState,
+    Canary,
     Lineage,
     LoraConfig,
     Policy,
@@ -200,3 +202,34 @@ def test_values_that_were_stored_unfolded_are_read(record: Any) -> None:
 def test_an_alias_is_read_out_of_its_grave() -> None:
     ref = TABLES.grave(ALIAS, UID)
     assert ref.codec.decode(KeyValue(ref.key, ref.codec.encode(LIVE), 3, 7)) == replace(LIVE, mod_revision=7)
+
+
+def answer_of(alias: Alias) -> Alias:
+    """What resolving an alias takes of it."""
+    return Alias(
+        alias.name, canary=alias.canary, canary_resolution=alias.canary_resolution, resolution=alias.resolution
+    )
+
+
+@pytest.mark.parametrize("with_canary", [False, True])
+@pytest.mark.parametrize("plain", [False, True])
+def test_an_alias_is_read_as_far_as_resolving_takes(with_canary: bool, plain: bool) -> None:
+    alias = LIVE
+    if with_canary:
+        canary = Canary(AliasTarget(9, digest_of("canary")), 0.25, "salt")
+        resolution = Resolution(f"{ALIAS.parent}/revisions/9", BlobRef(digest_of("canary"), 7), "elsewhere", "b", "d")
+        alias = replace(LIVE, canary=canary, canary_resolution=resolution)
+    value = TABLES.codecs.alias.encode(alias)
+    if plain:
+        value = to_message(alias, alias_service_pb2.Alias).SerializeToString()
+    assert decode_alias_answer(value, ALIAS) == answer_of(alias)
+    assert decode_alias_answer(value, ALIAS).resolution is not None
+
+
+@given(st.data())
+def test_any_folded_alias_resolves_as_its_whole_record_does(data: st.DataObject) -> None:
+    message = _texts(alias_service_pb2.Alias(name="."), data)
+    message.resolution.ClearField("split")  # only in answers, never stored
+    value = message.SerializeToString()
+    fold_alias(message, ALIAS)
+    assert decode_alias_answer(value, ALIAS) == answer_of(from_message(message, Alias, name=ALIAS))

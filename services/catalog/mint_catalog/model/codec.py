@@ -21,14 +21,14 @@ from mint_catalog.model.records import etag_of
 from mint_catalog.storage.store import KeyValue
 from mint_core.errors import InvalidArgument
 
-__all__ = ["Codec", "check_enums", "enum_of", "from_message", "to_message"]
+__all__ = ["FOLDED", "Codec", "check_enums", "enum_of", "from_message", "to_message"]
 
 R = TypeVar("R")
 E = TypeVar("E", bound=IntEnum)
 _Reader = Callable[..., Any]
 _Filler = Callable[[Any, Any], None]
 _KEY_FIELDS = frozenset({"name", "mod_revision"})
-_FOLDED: Final = "."
+FOLDED: Final = "."
 """Stands in the ``name`` of a folded value; nothing stands there in a plain one."""
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -208,7 +208,7 @@ class Codec(Generic[R]):
         message = to_message(record, self._message_type)
         if self._fold is not None:
             self._fold(message, record.name)
-            message.name = _FOLDED
+            message.name = FOLDED
         value: bytes = message.SerializeToString(deterministic=True)
         return value
 
@@ -218,6 +218,6 @@ class Codec(Generic[R]):
         extra: dict[str, Any] = {"mod_revision": kv.mod_revision}
         if self._name_of is not None:
             extra["name"] = name = self._name_of(kv.key)
-            if self._fold is not None and message.name == _FOLDED:
+            if self._fold is not None and message.name == FOLDED:
                 self._fold(message, name)
         return from_message(message, self._record_type, **extra)

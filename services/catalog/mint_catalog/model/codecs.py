@@ -20,6 +20,7 @@ from mint_api.v1 import (
     run_service_pb2,
     tenant_service_pb2,
 )
+from mint_catalog.model.alias_answer import decode_alias_answer
 from mint_catalog.model.codec import Codec
 from mint_catalog.model.fleet_records import FleetOperation, FleetResult, TenantErasure
 from mint_catalog.model.folding import fold_alias, fold_blob, fold_policy, fold_revision
@@ -151,6 +152,7 @@ class MessageCodecs:
         """The store's half of them."""
         return Codecs(
             alias=self.alias,
+            alias_answer=decode_alias_answer,
             base_model=self.base_model,
             blob=self.blob,
             engine=self.engine,

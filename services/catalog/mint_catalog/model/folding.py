@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Final
 
+from mint_catalog.model.records import BlobRef, Resolution
 from mint_core.names import AliasName, BlobName, PolicyName, RevisionName
 
-__all__ = ["fold_alias", "fold_blob", "fold_policy", "fold_revision"]
+__all__ = ["fold_alias", "fold_blob", "fold_policy", "fold_revision", "unfolded_resolution"]
 
 _ACTIVE: Final = 1
 _READY: Final = 1
@@ -166,6 +167,27 @@ def fold_alias(message: Any, name: AliasName) -> None:
             _swap_message(message.history[0], "target", message.active)
     if message.history and message.history[0].attribution.HasField("time"):
         _swap_message(message, "update_time", message.history[0].attribution.time)
+
+
+def unfolded_resolution(resolution: Any, target: Any, name: AliasName) -> Resolution:
+    """The record of a folded resolution, of an alias that is not unfolded; ``target`` is what it is the answer for."""
+    digest = target.digest
+    blob = resolution.blob if resolution.HasField("blob") else None
+    revision = f"tenants/{name.tenant}/policies/{name.policy}/revisions/{target.revision_number}"
+    return Resolution(
+        _swapped(resolution.revision, revision),
+        BlobRef(_swap_digest(_swapped(blob.digest, digest)), blob.size_bytes) if blob is not None else None,
+        _swap_object_key(resolution.object_key, name.tenant, digest),
+        resolution.base_model,
+        _swap_digest(resolution.base_digest),
+        resolution.canary,
+        resolution.stale,
+        resolution.catalog_revision,
+    )
+
+
+def _swapped(value: str, derived: str) -> str:
+    return "" if value == derived else value or derived
 
 
 def _swap_resolution(resolution: Any, target: Any, name: AliasName) -> None:

@@ -189,7 +189,7 @@ class Keys:
         return self.family("aliases", policy.tenant, shard_of(policy.policy), policy.policy)
 
     def alias(self, name: AliasName) -> bytes:
-        return self.aliases(name.parent) + name.alias.encode()
+        return self._key("aliases", name.tenant, shard_of(name.policy), name.policy, name.alias)
 
     def alias_name(self, key: bytes) -> AliasName:
         """Name of the alias of an ``aliases/`` or ``graves/`` key."""

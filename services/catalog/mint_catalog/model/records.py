@@ -296,6 +296,20 @@ class Resolution:
     split: AliasSplit | None = None
     """Only in answers, never stored."""
 
+    def at(self, revision: int) -> Resolution:
+        """The same as the answer of a catalog revision."""
+        return Resolution(
+            self.revision,
+            self.blob,
+            self.object_key,
+            self.base_model,
+            self.base_digest,
+            self.canary,
+            self.stale,
+            revision,
+            self.split,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Alias:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -64,6 +65,9 @@ class Codecs:
     """The codec of every kind of record."""
 
     alias: RecordCodec[Alias]
+    alias_answer: Callable[[bytes, AliasName], Alias]
+    """Decodes an alias's value as far as resolving it takes: without its moves and its gate."""
+
     base_model: RecordCodec[BaseModel]
     blob: RecordCodec[BlobRecord]
     engine: RecordCodec[EngineReplica]

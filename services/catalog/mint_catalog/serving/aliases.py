@@ -40,6 +40,7 @@ from mint_catalog.serving.residency import Residency
 from mint_catalog.serving.split import resolution_of
 from mint_catalog.storage.draft import Answer, Draft, Transactions, Written
 from mint_catalog.storage.paging import check_revision, list_all
+from mint_catalog.storage.recent import Recent
 from mint_catalog.storage.requests import Request
 from mint_catalog.storage.store import Store, prefix_end
 from mint_core import failpoints
@@ -83,10 +84,12 @@ class Edit:
 class Aliases:
     """Promote, roll back, try out, guard, read, list and delete aliases."""
 
-    def __init__(self, store: Store, tables: Tables, residency: Residency | None = None) -> None:
+    def __init__(
+        self, store: Store, tables: Tables, residency: Residency | None = None, recent: Recent | None = None
+    ) -> None:
         self._store = store
         self._tables = tables
-        self._transactions = Transactions(store, tables.keys)
+        self._transactions = Transactions(store, tables.keys, recent)
         self._residency = residency or Residency(store, tables)
 
     async def promote(self, move: Move, request: Request | None = None) -> Written[Alias]:

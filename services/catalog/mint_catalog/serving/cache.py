@@ -21,28 +21,14 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from mint_catalog.model.keys import Keys
 from mint_catalog.model.records import Alias
+from mint_catalog.storage.nearby import Told
 from mint_catalog.storage.store import Change, DeleteRange, Operation, prefix_end
 from mint_core import clock
 
-__all__ = ["AliasCache", "Told"]
-
-
-class Told(Protocol):
-    """How far the watch has told what happened."""
-
-    @property
-    def position(self) -> int:
-        """Every change up to this revision was told; 0 while nothing is."""
-        ...
-
-    @property
-    def told_until_s(self) -> float:
-        """Everything written before this instant of the boot-time clock was told."""
-        ...
+__all__ = ["AliasCache"]
 
 
 @dataclass(frozen=True, slots=True)

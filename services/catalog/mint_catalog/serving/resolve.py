@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final
 
 from mint_catalog.model.checks import live_policy, not_found
@@ -13,6 +13,7 @@ from mint_catalog.policies.revisions import own_revision
 from mint_catalog.serving.cache import AliasCache
 from mint_catalog.serving.split import chosen, resolution_of
 from mint_catalog.storage.gather import GatheredReads
+from mint_catalog.storage.nearby import NearbyReads
 from mint_catalog.storage.paging import check_revision
 from mint_catalog.storage.store import ReadResult, Store
 from mint_core.errors import InvalidArgument, MintError
@@ -36,10 +37,13 @@ _DEFAULT: Final = Freshness()
 
 
 class Resolver:
-    """Answers Resolve: aliases from the cache where that is as fresh as asked for, all else from the store's head."""
+    """Answers Resolve: aliases from the cache where that is as fresh as asked for, all else from the store.
 
-    def __init__(self, store: Store, tables: Tables, cache: AliasCache) -> None:
-        self._reads = GatheredReads(store)
+    What need not be of the store's head may come from ``nearby``.
+    """
+
+    def __init__(self, store: Store, tables: Tables, cache: AliasCache, nearby: NearbyReads | None = None) -> None:
+        self._reads = GatheredReads(store, nearby)
         self._tables = tables
         self._cache = cache
 
@@ -51,7 +55,9 @@ class Resolver:
         if (known := self._known(name, sticky_key, freshness)) is not None:
             return known
         parsed = _parse(name)
-        return self._answer(parsed, sticky_key, freshness, await self._reads.get(self._keys(parsed)))
+        bounded_from = None if freshness.strong else freshness.min_revision
+        read = await self._reads.get(self._keys(parsed), bounded_from=bounded_from)
+        return self._answer(parsed, sticky_key, freshness, read)
 
     async def resolve_batch(
         self, names: Sequence[str], freshness: Freshness = _DEFAULT
@@ -84,7 +90,7 @@ class Resolver:
         if known is None:
             return None
         alias, right_at = known
-        return replace(chosen(alias, sticky_key), catalog_revision=right_at)
+        return chosen(alias, sticky_key).at(right_at)
 
     def _keys(self, name: AliasName | RevisionName) -> list[bytes]:
         keys = self._tables.keys
@@ -99,14 +105,14 @@ class Resolver:
             (kv,) = read.values
             if kv is None:
                 raise not_found(name)
-            alias = codecs.alias.decode(kv)
+            alias = codecs.alias_answer(kv.value, name)
             self._cache.fill(alias, read.revision)
             resolution = chosen(alias, sticky_key)
         else:
             head_kv, kv = read.values
             head = live_policy(codecs.policy.decode(head_kv) if head_kv else None, name.parent)
             resolution = resolution_of(head, own_revision(codecs.revision.decode(kv) if kv else None, head, name))
-        return replace(resolution, catalog_revision=read.revision)
+        return resolution.at(read.revision)
 
 
 def _parse(name: str) -> AliasName | RevisionName:

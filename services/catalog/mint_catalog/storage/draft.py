@@ -12,23 +12,30 @@
 
 Everything fetched is compared when the draft is committed, so a body may decide on it as if it were alone. A body
 runs again after a conflict and must have no other effect.
+
+Where :class:`mint_catalog.storage.recent.Recent` is given, the first draft takes from there what it can and reads
+nothing: a guess. Only one outcome of a guess counts, that its transaction went through: then all that was decided on
+was so at that very moment, as it would have been after a read. Whatever else comes of it (an error, nothing to write, a
+compare that does not hold) is forgotten, and the next draft reads. A body that looks at more than it fetches, because
+some fetched record changes with it, may go on doing so: that record was known before the body began and is compared.
 """
 
 from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, Generic, TypeVar
 
 from mint_catalog.model.keys import Keys
 from mint_catalog.model.tables import RecordCodec, Ref
 from mint_catalog.storage.erasing import check_erasing, not_erasing
+from mint_catalog.storage.recent import Recent
 from mint_catalog.storage.requests import Request, StoredAnswer
 from mint_catalog.storage.store import Compare, Delete, DeleteRange, Field, KeyValue, Operation, Put, Store, TxnResult
 from mint_catalog.trail.audit import RawChange, audit_put, audited, is_state_change
-from mint_core.errors import Aborted
+from mint_core.errors import Aborted, MintError
 
 __all__ = ["Answer", "Draft", "Transactions", "Written"]
 
@@ -64,10 +71,16 @@ class _Replayed(Exception):
 class Draft:
     """One attempt at a transaction."""
 
-    def __init__(self, store: Store, keys: Keys, request: Request | None) -> None:
+    def __init__(
+        self, store: Store, keys: Keys, request: Request | None, recent: Recent | None = None, *, may_guess: bool = True
+    ) -> None:
         self._store = store
         self._keys = keys
         self._request = request
+        self._recent = recent
+        self._may_guess = may_guess
+        self.is_guess = False
+        """Whether some of what was fetched was not read, but known from before."""
         self._request_keys = request.keys(keys) if request else []
         self._seen: dict[bytes, KeyValue | None] = {}
         self._decoded: dict[bytes, Any] = {}
@@ -82,14 +95,20 @@ class Draft:
     async def fetch(self, *refs: Ref[Any], compare: bool = True) -> None:
         """Read records at one revision; they are compared on commit unless ``compare`` is off.
 
-        What this draft has read already is not read again.
+        What this draft has read already is not read again. A guess takes what will be compared from what is known.
         """
         keys = [ref.key for ref in refs if ref.key not in self._seen]
         new_request_keys = [key for key in self._request_keys if key not in self._compares]
-        if keys or new_request_keys:
+        if compare and keys and self._guess(keys):
+            # That a request id is new is a guess like any other: the transaction compares it.
+            self._compares.update((key, Compare(key, Field.MOD, 0)) for key in new_request_keys)
+        elif keys or new_request_keys:
             result = await self._store.get([*keys, *new_request_keys])
             self.revision = result.revision
-            self._seen.update(zip(keys, result.values, strict=False))
+            read = list(zip(keys, result.values, strict=False))
+            self._seen.update(read)
+            if self._recent is not None:
+                self._recent.note(read, result.revision)
             for key, kv in zip(new_request_keys, result.values[len(keys) :], strict=True):
                 self._compares[key] = Compare(key, Field.MOD, 0)
                 if kv is not None and self._request is not None:
@@ -98,6 +117,14 @@ class Draft:
             for ref in refs:
                 kv = self._seen[ref.key]
                 self._compares.setdefault(ref.key, Compare(ref.key, Field.MOD, kv.mod_revision if kv else 0))
+
+    def _guess(self, keys: Sequence[bytes]) -> bool:
+        known = self._recent.recall(keys) if self._recent is not None and self._may_guess else None
+        if known is None:
+            return False
+        self._seen.update(zip(keys, known, strict=True))
+        self.is_guess = True
+        return True
 
     def get(self, ref: Ref[R]) -> R | None:
         """A record that was fetched, None when it is absent."""
@@ -167,16 +194,39 @@ class Draft:
         await self._audit()
         if self._request is not None:
             own = 0 if self.writes(answer.ref) else getattr(answer.record, "mod_revision", 0)
-            value = None if answer.record is None else answer.ref.codec.encode(answer.record)
             key = self._request_keys[0]
-            self._operations[key] = Put(key, self._request.encode(answer.ref.key, value, own))
+            self._operations[key] = Put(key, self._request.encode(answer.ref.key, self._answered(answer), own))
         if not self._operations:
             return TxnResult(True, self.revision)
         compares = list(self._compares.values())
         tenant = self._tenant()
         if tenant is not None:
             compares.append(not_erasing(self._keys, tenant))
-        return await self._store.txn(compares, list(self._operations.values()))
+        result = await self._store.txn(compares, list(self._operations.values()))
+        if result.succeeded and self._recent is not None:
+            self._recent.note(self._left(result.revision), result.revision)
+        return result
+
+    def _answered(self, answer: Answer[Any]) -> bytes | None:
+        """The answer's record as it is stored; what this draft writes is encoded already."""
+        if answer.record is None:
+            return None
+        operation = self._operations.get(answer.ref.key)
+        if isinstance(operation, Put) and self._written.get(answer.ref.key) is answer.record:
+            return operation.value
+        return answer.ref.codec.encode(answer.record)
+
+    def _left(self, revision: int) -> Iterator[tuple[bytes, KeyValue | None]]:
+        """What a transaction that went through has left of the records that were fetched and compared by revision."""
+        for operation in self._operations.values():
+            if isinstance(operation, DeleteRange) or operation.key not in self._seen:
+                continue
+            if isinstance(operation, Delete):
+                yield operation.key, None
+            elif (compare := self._compares.get(operation.key)) is not None and compare.field is Field.MOD:
+                before = self._seen[operation.key]
+                created = before.create_revision if before else revision
+                yield operation.key, KeyValue(operation.key, operation.value, created, revision, operation.lease)
 
     def _tenant(self) -> str | None:
         """Whose records are written."""
@@ -223,9 +273,10 @@ class Draft:
 class Transactions:
     """Runs drafts until one is applied."""
 
-    def __init__(self, store: Store, keys: Keys) -> None:
+    def __init__(self, store: Store, keys: Keys, recent: Recent | None = None) -> None:
         self._store = store
         self._keys = keys
+        self._recent = recent
 
     async def run(
         self,
@@ -264,19 +315,27 @@ class Transactions:
         self, body: Callable[[Draft], Awaitable[Answer[R]]], codec: RecordCodec[R], request: Request | None
     ) -> Written[R | None]:
         backoff_s = _FIRST_BACKOFF_S
-        for _ in range(_MAX_ATTEMPTS):
-            draft = Draft(self._store, self._keys, request)
+        for attempt in range(_MAX_ATTEMPTS):
+            draft = Draft(self._store, self._keys, request, self._recent, may_guess=attempt == 0)
             try:
                 answer = await body(draft)
             except _Replayed as replay:
                 kv = replay.stored.kv
                 return Written(codec.decode(kv) if kv else None, replay.stored.catalog_revision)
+            except MintError:
+                if draft.is_guess:
+                    continue
+                raise
+            if draft.is_guess and not draft.num_writes:
+                continue
             result = await draft.commit(answer)
             if result.succeeded:
                 record: Any = answer.record
                 if record is not None and draft.writes(answer.ref):
                     record = replace(record, mod_revision=result.revision)
                 return Written(record, result.revision)
+            if draft.is_guess:
+                continue
             await draft.check_erasing()
             await asyncio.sleep(backoff_s * random.random())
             backoff_s = min(2 * backoff_s, _LAST_BACKOFF_S)

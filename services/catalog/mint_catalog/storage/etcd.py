@@ -55,7 +55,7 @@ _READ_BACKOFF_S: Final = (0.05, 0.2)
 _OLDEST: Final = (3, 4, 22)
 _CORRUPTING: Final = ((3, 5, 0), (3, 5, 2))
 # A member without a leader answers "no leader" at once instead of serving a watch that stands still.
-METADATA: Final = (("hasleader", "true"),)
+METADATA: Final = grpc.aio.Metadata(("hasleader", "true"))
 _CHANNEL_OPTIONS: Final = [
     ("grpc.lb_policy_name", "round_robin"),
     ("grpc.keepalive_time_ms", 10_000),
@@ -115,6 +115,14 @@ def _operation(operation: Operation) -> pb.RequestOp:
             return pb.RequestOp(request_delete_range=pb.DeleteRangeRequest(key=start, range_end=end))
 
 
+def _get(keys: Sequence[bytes], *, revision: int = 0, serializable: bool = False) -> tuple[str, Any]:
+    """The method and the request that read these keys."""
+    if len(keys) == 1:
+        return "Range", pb.RangeRequest(key=keys[0], revision=revision, serializable=serializable)
+    ranges = [pb.RangeRequest(key=key, revision=revision, serializable=serializable) for key in keys]
+    return "Txn", pb.TxnRequest(success=[pb.RequestOp(request_range=each) for each in ranges])
+
+
 def _key_value(kv: Any) -> KeyValue:
     return KeyValue(kv.key, kv.value, kv.create_revision, kv.mod_revision, kv.lease)
 
@@ -157,6 +165,7 @@ class EtcdStore:
         self._maintenance = pb.MaintenanceStub(self._channel)
         self._watch = pb.WatchStub(self._channel)
         self._wrote: list[Callable[[Sequence[Operation], int], None]] = []
+        self._seen_revision = 0
 
     async def __aenter__(self) -> EtcdStore:
         return self
@@ -215,22 +224,39 @@ class EtcdStore:
                 await asyncio.sleep(backoff_s)
         return await self._call(method, request, what)
 
+    @property
+    def seen_revision(self) -> int:
+        return self._seen_revision
+
+    def _saw(self, answer: Any) -> int:
+        """The revision that an answer is of."""
+        revision: int = answer.header.revision
+        if revision > self._seen_revision:
+            self._seen_revision = revision
+        return revision
+
     async def get(self, keys: Sequence[bytes], *, revision: int = 0) -> ReadResult:
-        if len(keys) == 1:
-            answer = await self._read(self._kv.Range, pb.RangeRequest(key=keys[0], revision=revision), "a read")
-            values = tuple(_key_value(kv) for kv in answer.kvs) or (None,)
-            return ReadResult(values, answer.header.revision)
-        gets = [pb.RequestOp(request_range=pb.RangeRequest(key=key, revision=revision)) for key in keys]
-        result = await self._read(self._kv.Txn, pb.TxnRequest(success=gets), "a read")
-        found = [response.response_range.kvs for response in result.responses]
-        return ReadResult(tuple(_key_value(kvs[0]) if kvs else None for kvs in found), result.header.revision)
+        method, request = _get(keys, revision=revision)
+        return self._got(await self._read(getattr(self._kv, method), request, "a read"))
+
+    async def get_nearby(self, keys: Sequence[bytes]) -> ReadResult:
+        # Not repeated: who cannot have it from one member asks them all.
+        method, request = _get(keys, serializable=True)
+        return self._got(await self._call(getattr(self._kv, method), request, "a read"))
+
+    def _got(self, answer: Any) -> ReadResult:
+        revision = self._saw(answer)
+        if isinstance(answer, pb.RangeResponse):
+            return ReadResult((_key_value(answer.kvs[0]) if answer.kvs else None,), revision)
+        found = [response.response_range.kvs for response in answer.responses]
+        return ReadResult(tuple(_key_value(kvs[0]) if kvs else None for kvs in found), revision)
 
     async def scan(
         self, start: bytes, end: bytes, *, limit: int, revision: int = 0, keys_only: bool = False
     ) -> ScanResult:
         request = pb.RangeRequest(key=start, range_end=end, limit=limit, revision=revision, keys_only=keys_only)
         answer = await self._read(self._kv.Range, request, "a scan")
-        return ScanResult(tuple(_key_value(kv) for kv in answer.kvs), answer.more, answer.header.revision)
+        return ScanResult(tuple(_key_value(kv) for kv in answer.kvs), answer.more, self._saw(answer))
 
     async def scan_each(
         self, ranges: Sequence[tuple[bytes, bytes]], *, limit: int, revision: int = 0
@@ -241,10 +267,8 @@ class EtcdStore:
         ]
         result = await self._read(self._kv.Txn, pb.TxnRequest(success=requests), "a scan of several ranges")
         answers = [response.response_range for response in result.responses]
-        return [
-            ScanResult(tuple(_key_value(kv) for kv in answer.kvs), answer.more, result.header.revision)
-            for answer in answers
-        ]
+        read_at = self._saw(result)
+        return [ScanResult(tuple(_key_value(kv) for kv in answer.kvs), answer.more, read_at) for answer in answers]
 
     async def count(self, start: bytes, end: bytes, *, revision: int = 0) -> int:
         request = pb.RangeRequest(key=start, range_end=end, revision=revision, count_only=True)
@@ -257,10 +281,11 @@ class EtcdStore:
             success=[_operation(operation) for operation in operations],
         )
         answer = await self._call(self._kv.Txn, request, "a transaction, which may have been applied")
+        revision = self._saw(answer)
         if answer.succeeded:
             for tell in self._wrote:
-                tell(operations, answer.header.revision)
-        return TxnResult(answer.succeeded, answer.header.revision)
+                tell(operations, revision)
+        return TxnResult(answer.succeeded, revision)
 
     def on_write(self, tell: Callable[[Sequence[Operation], int], None]) -> None:
         """Tell of each transaction that was applied, with its revision, before anybody here knows that it was."""

@@ -3,6 +3,8 @@
 A read goes out at once while few are under way. Beyond that, reads wait until one of those has ended and then go
 together, at most 128 keys in a transaction; the same keys wanted twice are read once. No read joins one that was under
 way before it was asked for, so each sees whatever was written before it was asked for.
+
+A read that need not be of the store's head, and goes out at once, asks one member first (``nearby``).
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import asyncio
 from collections.abc import Iterable, Sequence
 from typing import Final, TypeAlias
 
+from mint_catalog.storage.nearby import NearbyReads
 from mint_catalog.storage.store import ReadResult, Store
 from mint_core import calls
 from mint_core.errors import MintError
@@ -29,19 +32,27 @@ _Answer: TypeAlias = ReadResult | MintError
 class GatheredReads:
     """Reads groups of keys from the store's head; one group's values are of one revision."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, nearby: NearbyReads | None = None) -> None:
         self._store = store
+        self._nearby = nearby
         self._num_direct = 0
         self._waiting: dict[_Group, asyncio.Future[_Answer]] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
-    async def get(self, keys: Sequence[bytes]) -> ReadResult:
-        """Values of at most 128 keys. Raises ``Unavailable``."""
+    async def get(self, keys: Sequence[bytes], *, bounded_from: int | None = None) -> ReadResult:
+        """Values of at most 128 keys. Raises ``Unavailable``.
+
+        With ``bounded_from`` they may be as old as ``nearby`` lets them be, but not older than this revision.
+        """
         if self._num_direct >= _MAX_DIRECT:
             return await self._join(tuple(keys))
         self._num_direct += 1
         try:
+            if bounded_from is not None and self._nearby is not None:
+                known = await self._nearby.get(keys, bounded_from)
+                if known is not None:
+                    return known
             return await self._store.get(keys)
         finally:
             self._num_direct -= 1

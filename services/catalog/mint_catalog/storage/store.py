@@ -10,7 +10,8 @@ What a caller may rely on, and what the cloud may do:
 * ``txn`` is atomic and linearizable. When it raises :class:`~mint_core.errors.Unavailable` the outcome is unknown:
   the transaction may have been applied, or may be applied a little later.
 * ``get`` and ``scan`` without a ``revision`` are linearizable; with one they read that snapshot, until it is
-  compacted (:class:`~mint_core.errors.RevisionCompacted`).
+  compacted (:class:`~mint_core.errors.RevisionCompacted`). ``get_nearby`` is not linearizable: it reads what one
+  member of the store knows, whole as of the revision that it names, which may lie any time back.
 * A key put under a lease disappears some time after the lease's time to live has passed without a renewal, never
   before. A lease is no mutual exclusion; the create-revision of its key is.
 * ``watch`` delivers every revision after its start exactly once, in order and whole, over any number of restarts of
@@ -166,8 +167,17 @@ class LeaseGone(Exception):
 class Store(Protocol):
     """A linearizable key-value store with history."""
 
+    @property
+    def seen_revision(self) -> int:
+        """The highest revision that an answer of the store to this process was of."""
+        ...
+
     async def get(self, keys: Sequence[bytes], *, revision: int = 0) -> ReadResult:
         """Read keys at one revision: the head (0) or an older one. Raises ``RevisionCompacted``, ``Unavailable``."""
+        ...
+
+    async def get_nearby(self, keys: Sequence[bytes]) -> ReadResult:
+        """Read keys as one member knows them, however far behind it is. Raises ``Unavailable``."""
         ...
 
     async def scan(

@@ -38,7 +38,7 @@ _FIRST_BACKOFF_S: Final = 0.05
 _LAST_BACKOFF_S: Final = 1.0
 _DELETE: Final = 1
 _TICK: Final = b"tick"
-_METADATA: Final = (("hasleader", "true"),)
+_METADATA: Final = grpc.aio.Metadata(("hasleader", "true"))
 
 
 def _compacted(after: int) -> RevisionCompacted:
@@ -127,7 +127,7 @@ class Listener(Protocol):
         ...
 
     def lost(self) -> None:
-        """History was compacted under the hub: changes were missed. Must not raise."""
+        """Changes were missed (history was compacted under the hub), or undone: etcd went back. Must not raise."""
         ...
 
 
@@ -203,8 +203,7 @@ class Hub:
                 _logger.warning("history was compacted under the watch", extra={"fields": {"after": self._position}})
                 self._position = 0
                 self._head, self._told_until_s = None, float("-inf")
-                for listener in itertools.chain.from_iterable(self._listeners.values()):
-                    listener.lost()
+                self._tell_lost()
                 for subscriber in self._subscribers:
                     subscriber.failed = True
                     subscriber.wake.set()
@@ -231,9 +230,14 @@ class Hub:
                 "etcd has gone back in time, as if restored under a running catalog; restart the catalog",
                 extra={"fields": {"position": position, "head": revision}},
             )
+            self._tell_lost()
         elif self._head is None:
             self._head = (asked_at_s, revision)
             self._note_progress()
+
+    def _tell_lost(self) -> None:
+        for listener in itertools.chain.from_iterable(self._listeners.values()):
+            listener.lost()
 
     def _note_progress(self) -> None:
         if self._head is not None and self._position >= self._head[1]:
