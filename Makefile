@@ -50,6 +50,22 @@ test-history: setup ## 20 seeded histories of the catalog with kills, checked (1
 bench-catalog: setup ## The catalog at a million policies (an hour; ARGS="--num 20000 --skip mlflow" for less)
 	$(PYTHON) -m bench.catalog $(ARGS)
 
+.PHONY: bench-eviction
+bench-eviction: setup ## Policies of eviction compared on simulated requests (3 minutes; ARGS="--reps 1" for less)
+	$(PYTHON) -m bench.eviction $(ARGS)
+
+.PHONY: bench-download
+bench-download: setup ## Ranged parallel download against a single stream (5 minutes; ARGS="--size-mb 256 --reps 3")
+	$(PYTHON) -m bench.download $(ARGS)
+
+.PHONY: bench-packed
+bench-packed: setup ## Into the slot of a live engine: expert by expert, packed, and by our hook (3 minutes)
+	$(PYTHON) -W ignore -m bench.packed $(ARGS)
+
+.PHONY: bench-sweep
+bench-sweep: setup ## One engine through 100,000 adapters of a catalog of a million (hours; NUM=2000 for minutes)
+	$(PYTHON) -W ignore -m bench.sweep $(if $(NUM),--num $(NUM)) $(ARGS)
+
 .PHONY: bench-docs
 bench-docs: setup ## Write the tables of docs/benchmarks.md from bench/results
 	$(PYTHON) -m bench.docs

@@ -34,6 +34,8 @@ __all__ = [
 TENANT = "tenants/bench"
 BASE = "baseModels/bench"
 _BASE_DIGEST = "sha256:" + hashlib.sha256(b"the benchmark's base model").hexdigest()
+_UPLOADS = 16
+"""Adapters on their way to the store at one time."""
 _OWNERS = ("ada", "grace", "edsger", "barbara")
 _TEAMS = ("search", "support", "coding", "legal", "translation")
 
@@ -81,30 +83,48 @@ def _adapter(number: int) -> bytes:
 
 
 async def store_blobs(
-    public: grpc.aio.Channel, runtime: grpc.aio.Channel, store: ObjectStore, num_blobs: int
+    public: grpc.aio.Channel,
+    runtime: grpc.aio.Channel,
+    store: ObjectStore,
+    num_blobs: int,
+    *,
+    make: Callable[[int], bytes] = _adapter,
+    base_digest: str = _BASE_DIGEST,
+    read_back: bool = True,
+    progress: Callable[[int], None] = lambda _: None,
 ) -> list[common_pb2.BlobRef]:
-    """Distinct adapters, each staged, uploaded, read back and marked verified, and the base model they fit."""
-    base = base_model_service_pb2.BaseModel(name=BASE, digest=_BASE_DIGEST, architecture="bench")
+    """Distinct adapters, each staged, uploaded, read back and marked verified, and the base model they fit.
+
+    Without ``read_back`` only the store itself has checked what it was given, against the upload's checksum.
+    """
+    base = base_model_service_pb2.BaseModel(name=BASE, digest=base_digest, architecture="bench")
     register = base_model_service_pb2_grpc.BaseModelServiceStub(public).RegisterBaseModel
     await call(register, base_model_service_pb2.RegisterBaseModelRequest(base_model=base))
     publish = publish_service_pb2_grpc.PublishServiceStub(runtime)
     await store.ensure_bucket()
-    slots = asyncio.Semaphore(16)
+    numbers = iter(range(num_blobs))
+    found: dict[int, common_pb2.BlobRef] = {}
 
     async def one(number: int) -> common_pb2.BlobRef:
-        data = _adapter(number)
+        data = make(number)
         digest = "sha256:" + hashlib.sha256(data).hexdigest()
         name = f"{TENANT}/blobs/{digest}"
-        async with slots:
-            request = publish_service_pb2.StageBlobRequest(name=name, size_bytes=len(data))
-            staged = (await call(publish.StageBlob, request)).blob
-            await store.put_bytes(staged.object_key, data)
+        request = publish_service_pb2.StageBlobRequest(name=name, size_bytes=len(data))
+        staged = (await call(publish.StageBlob, request)).blob
+        await store.put_bytes(staged.object_key, data)
+        if read_back:
             await store.verify(staged.object_key, digest=digest, size_bytes=len(data))
-            verify = publish_service_pb2.VerifyBlobRequest(name=name, object_key=staged.object_key)
-            blob: common_pb2.BlobRef = (await call(publish.VerifyBlob, verify)).blob.blob
-            return blob
+        verify = publish_service_pb2.VerifyBlobRequest(name=name, object_key=staged.object_key)
+        blob: common_pb2.BlobRef = (await call(publish.VerifyBlob, verify)).blob.blob
+        return blob
 
-    return list(await asyncio.gather(*(one(number) for number in range(num_blobs))))
+    async def worker() -> None:
+        for number in numbers:
+            found[number] = await one(number)
+            progress(len(found))
+
+    await asyncio.gather(*(worker() for _ in range(_UPLOADS)))
+    return [found[number] for number in range(num_blobs)]
 
 
 @dataclass(slots=True)
@@ -123,9 +143,10 @@ async def import_policies(
     batch: int = 500,
     in_flight: int = 4,
     num_revisions: int = 1,
+    adjust: Callable[[pb.CreatePolicyRequest], None] = lambda _: None,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Imported:
-    """Create policies by one ImportPolicies stream; every item must succeed."""
+    """Create policies by one ImportPolicies stream; every item must succeed. ``adjust`` may change each request."""
     stub: Any = pb_grpc.PolicyServiceStub(channel)
     window = asyncio.Semaphore(in_flight)
     begun = time.perf_counter()
@@ -135,9 +156,10 @@ async def import_policies(
         for start in range(numbers.start, numbers.stop, batch):
             await window.acquire()
             items = range(start, min(start + batch, numbers.stop))
-            message = pb.BatchCreatePoliciesRequest(
-                parent=TENANT, requests=[policy_request(each, blobs, num_revisions=num_revisions) for each in items]
-            )
+            wanted = [policy_request(each, blobs, num_revisions=num_revisions) for each in items]
+            for request in wanted:
+                adjust(request)
+            message = pb.BatchCreatePoliciesRequest(parent=TENANT, requests=wanted)
             yield pb.ImportPoliciesRequest(sequence=start, batch=message)
 
     async for answer in stub.ImportPolicies(requests(), metadata=(("mint-principal", "bench"),)):

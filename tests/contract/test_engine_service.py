@@ -27,6 +27,7 @@ from mint_core.errors import (
     NotFound,
     ResourceExhausted,
     Unavailable,
+    WrongState,
 )
 from mint_core.server import Binding, Services, running
 from mint_engine.adapter_folder import AdapterFolder
@@ -195,6 +196,35 @@ async def test_cancelled_call_aborts_in_the_engine(wire: Wire) -> None:
     await until(lambda: not (wire.engine.num_running or wire.host.num_running))
     assert wire.engine.num_aborted == 1
     assert wire.host.residents()[0].num_references == 0
+
+
+async def test_drain_finishes_what_runs_and_takes_nothing_new_until_it_is_undone(wire: Wire) -> None:
+    sampling = inference_pb.SamplingParams(max_new_tokens=6)
+    wire.engine.token_gate.clear()
+    running_stream = asyncio.create_task(wire.generate(base=True, sampling=sampling))
+    await until(lambda: wire.engine.num_running == 1)
+    for _ in range(2):
+        drained = await channel.call(wire.stub.Drain, pb.DrainRequest(), timeout_s=5)
+        assert drained.engine_replica.state == replica_pb.ENGINE_REPLICA_STATE_DRAINING
+        assert drained.num_running == 1
+    for refused in (wire.generate(base=True), load(wire, DIGESTS[0])):
+        with pytest.raises(Unavailable, match="is draining and takes nothing new"):
+            await refused
+    wire.engine.token_gate.set()
+    first, *chunks = await running_stream
+    assert first.started.num_running == 1
+    assert sum(len(item.chunk.token_ids) for item in chunks) == 6
+    undrained = await channel.call(wire.stub.Undrain, pb.UndrainRequest(), timeout_s=5)
+    assert undrained.engine_replica.state == replica_pb.ENGINE_REPLICA_STATE_READY
+    await wire.generate(base=True, sampling=sampling)
+
+
+async def test_a_process_that_stops_is_not_taken_back(wire: Wire) -> None:
+    wire.host.begin_stop()
+    with pytest.raises(WrongState, match="is stopping"):
+        await channel.call(wire.stub.Undrain, pb.UndrainRequest(), timeout_s=5)
+    with pytest.raises(Unavailable, match="is draining"):
+        await wire.generate(base=True)
 
 
 async def test_deadline_of_the_call_ends_the_stream(wire: Wire) -> None:

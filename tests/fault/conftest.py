@@ -7,9 +7,11 @@ import pytest
 
 from support import fault_scorers
 from support.conductor import Conductor, armed, conducting
+from support.loader_node import Materials, make_materials
 from support.scorer_packages import write_scorer_package
 from support.stack import Stack, running_stack
 from support.tiny_models import make_tiny_llama
+from support.weed import WeedServer, running_weed
 
 LEASE_TTL_S = 5
 POINTS = (
@@ -78,6 +80,18 @@ def armed_stack(
     }
     with running_stack(armed_state, base, environ=environ) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def loader_weed() -> Iterator[WeedServer]:
+    """An object store for loaders without the rest of an installation."""
+    with running_weed() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def loader_materials(tmp_path_factory: pytest.TempPathFactory) -> Materials:
+    return make_materials(tmp_path_factory.mktemp("materials"), num_adapters=6)
 
 
 @pytest.fixture

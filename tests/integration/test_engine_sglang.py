@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import shutil
 import warnings
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -12,12 +13,14 @@ import psutil
 import pytest
 import pytest_asyncio
 import torch
+from safetensors.numpy import load_file, save_file
 
-from mint_core.errors import Unavailable
+from mint_core.errors import InvalidArgument, Unavailable
 from mint_engine.adapter_engine import EngineLimits
 from mint_engine.host import EngineHost, Generation, HostState
 from mint_engine.prompts import TokenPrompt
 from mint_engine.sglang_settings import SglangSettings
+from mint_lora.folders import CONFIG_NAME, WEIGHTS_NAME
 from support.engine_contract import PROMPT, EngineContract, Rig, ask, until
 from support.serving_adapters import ServingAdapter, make_serving_adapter
 from support.sglang_rig import SglangRig, running_sglang
@@ -164,6 +167,39 @@ async def test_adapters_of_some_modules_equal_peft(
         assert difference(scored.logprobs, reference_logprobs(sglang.base, adapter, PROMPT.token_ids)) < TOLERANCE
 
 
+async def test_slots_hold_bit_for_bit_what_sglang_itself_would_write(
+    host: EngineHost, sglang: SglangRig, adapters: dict[str, list[ServingAdapter]]
+) -> None:
+    loaded = [adapters["mixed"][0], *adapters["partial"]]
+    for adapter in loaded:
+        await host.load(adapter.digest, adapter.folder)
+    await sglang.check_upload(ranks=[], mapped=[adapter.digest for adapter in loaded])
+    for adapter in loaded:
+        await host.unload(adapter.digest)
+    await sglang.check_upload(ranks=[8, 1, 5, 3, 8, 2])
+
+
+async def test_adapter_that_does_not_fit_is_refused_by_the_engine_itself_before_a_slot_is_touched(
+    host: EngineHost, sglang: SglangRig, adapters: dict[str, list[ServingAdapter]], tmp_path: Path
+) -> None:
+    good = adapters["mixed"][1]
+    await host.load(good.digest, good.folder, into_slot=True)
+    before = await ask(host, good.digest)
+    tensors = load_file(sglang.adapter_dir / good.folder / WEIGHTS_NAME)
+    name = "base_model.model.model.layers.1.mlp.down_proj.lora_B.weight"
+    tensors[name] = tensors[name][:32].clone()
+    folder = tmp_path / "misfit"
+    folder.mkdir()
+    save_file(tensors, folder / WEIGHTS_NAME)
+    shutil.copy(sglang.adapter_dir / good.folder / CONFIG_NAME, folder / CONFIG_NAME)
+    # Past the host, which would have refused the folder.
+    with pytest.raises(InvalidArgument, match=r"layers\.1\.mlp\.down_proj.*shape \[32, 8\]"):
+        await sglang.engine.load("misfit", folder, into_slot=True)
+    again = await ask(host, good.digest)
+    assert again.token_ids == before.token_ids
+    assert again.logprobs == pytest.approx(before.logprobs, abs=1e-5)
+
+
 async def test_prefix_cache_is_shared_within_a_tenant_only(host: EngineHost) -> None:
     prompt = TokenPrompt(tuple(range(100, 200)))
     first = await ask(host, prompt=prompt, tenant="tenants/a")
@@ -237,6 +273,7 @@ async def test_limits_are_those_of_the_engine(sglang: SglangRig) -> None:
         max_total_tokens=510,
         max_prompt_tokens=505,
         vocab_size=384,
+        spreads_shared_experts=True,
     )
     assert (sglang.engine.numerics.engine, sglang.engine.numerics.engine_version) == ("sglang", "0.5.23")
     assert sglang.engine.numerics.dtype == "float32"

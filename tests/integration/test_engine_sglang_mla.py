@@ -2,23 +2,46 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-import warnings
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+import pytest_asyncio
 import torch
 
-from mint_engine.host import Generation
+from mint_engine.host import EngineHost, Generation
 from mint_engine.sglang_settings import SglangSettings
-from support.engine_contract import PROMPT
-from support.sglang_rig import running_sglang
+from support.engine_contract import PROMPT, ask
+from support.merged_weights import difference, merged_forward
+from support.serving_adapters import ServingAdapter, make_serving_adapter
+from support.sglang_rig import SglangRig, running_sglang
 from support.tiny_models import make_tiny_llama
 
 pytestmark = [
+    pytest.mark.asyncio(loop_scope="module"),
     pytest.mark.timeout(300),
     pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning"),
 ]
+
+TOLERANCE = 1e-4
+SETTINGS = SglangSettings(
+    dtype="float32",
+    max_lora_rank=4,
+    num_slots=4,
+    max_loaded_adapters=4,
+    max_total_tokens=2048,
+    target_modules=(
+        "q_a_proj",
+        "kv_a_proj_with_mqa",
+        "q_b_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    ),
+)
 
 
 def make_tiny_deepseek(folder: Path) -> Path:
@@ -79,23 +102,55 @@ def make_tiny_deepseek(folder: Path) -> Path:
     return folder
 
 
-async def test_base_with_latent_attention_equals_transformers(tmp_path: Path) -> None:
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def sglang(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[SglangRig]:
+    folder = tmp_path_factory.mktemp("sglang-mla")
+    async with running_sglang(make_tiny_deepseek(folder / "base"), folder / "adapters", SETTINGS) as rig:
+        yield rig
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def host(sglang: SglangRig) -> AsyncIterator[EngineHost]:
+    async with sglang.host() as host:
+        yield host
+
+
+def expected_logprobs(base: Path, adapter: ServingAdapter | None, token_ids: tuple[int, ...]) -> torch.Tensor:
     from transformers import DeepseekV3ForCausalLM
 
-    base = make_tiny_deepseek(tmp_path / "base")
-    settings = SglangSettings(
-        dtype="float32",
-        max_lora_rank=4,
-        num_slots=2,
-        max_loaded_adapters=2,
-        max_total_tokens=2048,
-        target_modules=("o_proj",),
+    return merged_forward(DeepseekV3ForCausalLM, base, adapter, token_ids)[0]
+
+
+async def test_base_with_latent_attention_equals_transformers(host: EngineHost, sglang: SglangRig) -> None:
+    scored = await host.score(Generation(prompt=PROMPT, tenant="tenants/a", base=True), timeout_s=60)
+    assert difference(scored.logprobs, expected_logprobs(sglang.base, None, PROMPT.token_ids)) < TOLERANCE
+
+
+async def test_adapters_on_latent_attention_and_all_experts_equal_merged_weights(
+    host: EngineHost, sglang: SglangRig, tmp_path: Path
+) -> None:
+    adapters = [
+        make_serving_adapter(
+            sglang.base, sglang.adapter_dir, tmp_path, seed=seed, rank=rank, targets=SETTINGS.target_modules
+        )
+        for seed, rank in ((1, 4), (2, 2))
+    ]
+    for adapter in adapters:
+        await host.load(adapter.digest, adapter.folder, into_slot=True)
+    answers = await asyncio.gather(*(ask(host, adapter.digest, max_new_tokens=12) for adapter in adapters))
+    for adapter, answer in zip(adapters, answers, strict=True):
+        whole = PROMPT.token_ids + answer.token_ids
+        start = len(PROMPT.token_ids) - 1
+        found, plain = (expected_logprobs(sglang.base, each, whole)[start:] for each in (adapter, None))
+        assert difference(answer.logprobs, found) < TOLERANCE
+        assert difference(answer.logprobs, plain) > 0.05
+    await sglang.check_upload(ranks=[3, 1, 4, 2], mapped=[adapter.digest for adapter in adapters])
+
+
+async def test_zero_adapter_is_bit_identical_to_the_base(host: EngineHost, sglang: SglangRig, tmp_path: Path) -> None:
+    zero = make_serving_adapter(
+        sglang.base, sglang.adapter_dir, tmp_path, seed=3, rank=4, zero=True, targets=SETTINGS.target_modules
     )
-    async with running_sglang(base, tmp_path / "adapters", settings) as rig, rig.host() as host:
-        scored = await host.score(Generation(prompt=PROMPT, tenant="tenants/a", base=True), timeout_s=60)
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
-        model = DeepseekV3ForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager").eval()
-        logits = model(torch.tensor([PROMPT.token_ids])).logits[0, :-1]
-    expected = torch.log_softmax(logits, -1).gather(1, torch.tensor(PROMPT.token_ids[1:])[:, None])[:, 0]
-    assert float((torch.tensor(scored.logprobs) - expected).abs().max()) < 1e-4
+    await host.load(zero.digest, zero.folder)
+    base, answer = await ask(host, max_new_tokens=16), await ask(host, zero.digest, max_new_tokens=16)
+    assert (answer.token_ids, answer.logprobs) == (base.token_ids, base.logprobs)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import warnings
+import os
+import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -12,13 +13,13 @@ import pytest
 import pytest_asyncio
 import torch
 
-from mint_core.errors import InvalidArgument
+from mint_core.errors import InvalidArgument, Unavailable
 from mint_engine.adapter_engine import Delta, Sampling
-from mint_engine.host import EngineHost, Generation
+from mint_engine.host import EngineHost, Generation, HostState
 from mint_engine.prompts import TokenPrompt
 from mint_engine.sglang_settings import SglangSettings
-from mint_lora import TensorFile
 from support.engine_contract import PROMPT, ask
+from support.merged_weights import difference, merged_forward
 from support.serving_adapters import ServingAdapter, make_serving_adapter
 from support.sglang_rig import SglangRig, running_sglang
 from support.tiny_models import make_tiny_qwen3_moe
@@ -60,43 +61,12 @@ def make(sglang: SglangRig, work: Path, **options) -> ServingAdapter:
 def reference(
     base: Path, adapter: ServingAdapter | None, token_ids: tuple[int, ...]
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Log-probability of each token but the first and the experts of each token by layer, the update merged into the
+    """Log-probability of each token but the first and the experts of each token by layer. The update is merged into the
     weights by hand: PEFT's own layouts for experts are what the codecs are tested against, not what serves as truth."""
     from transformers import Qwen3MoeForCausalLM
 
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
-        model = Qwen3MoeForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager").eval()
-        if adapter is not None:
-            merge(model, adapter)
-        output = model(torch.tensor([token_ids]), output_router_logits=True)
-        logprobs = torch.log_softmax(output.logits[0, :-1], -1).gather(1, torch.tensor(token_ids[1:])[:, None])[:, 0]
-        return logprobs, [logits.topk(2, -1).indices for logits in output.router_logits]
-
-
-def merge(model: torch.nn.Module, adapter: ServingAdapter) -> None:
-    state = dict(model.named_parameters())
-    width = model.config.moe_intermediate_size
-    with TensorFile(adapter.blob) as file:
-        for name in file.header.tensors:
-            if "lora_A" not in name:
-                continue
-            lora_a = torch.from_numpy(np.array(file.array(name)))
-            lora_b = torch.from_numpy(np.array(file.array(name.replace("lora_A", "lora_B"))))
-            update = adapter.config.scaling * (lora_b @ lora_a)
-            module = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-            block, _, leaf = module.rpartition(".")
-            if not block.endswith(".experts"):
-                state[f"{module}.weight"] += update
-            elif leaf == "down_proj":
-                state[f"{block}.down_proj"] += update
-            else:
-                start = 0 if leaf == "gate_proj" else width
-                state[f"{block}.gate_up_proj"][:, start : start + width] += update
-
-
-def difference(found: tuple[float, ...], expected: torch.Tensor) -> float:
-    return float((torch.tensor(found) - expected).abs().max())
+    logprobs, output = merged_forward(Qwen3MoeForCausalLM, base, adapter, token_ids, output_router_logits=True)
+    return logprobs, [logits.topk(2, -1).indices for logits in output.router_logits]
 
 
 async def test_expert_adapters_and_the_base_in_one_batch_equal_transformers(
@@ -120,6 +90,49 @@ async def test_expert_adapters_and_the_base_in_one_batch_equal_transformers(
         if adapter is not None:
             plain, _ = reference(sglang.base, None, whole)
             assert difference(answer.logprobs, plain[len(prompt.token_ids) - 1 :]) > 0.05
+
+
+async def test_experts_that_share_a_matrix_stand_beside_others_and_equal_transformers(
+    host: EngineHost, sglang: SglangRig, tmp_path: Path
+) -> None:
+    shared = make(sglang, tmp_path, seed=6, rank=5, shared_experts=True)
+    other = make(sglang, tmp_path, seed=7, rank=8)
+    assert shared.blob.stat().st_size < other.blob.stat().st_size / 2
+    # The second takes all ranks of its slot; sooner or later one fills the slot that the other had.
+    for adapter in (other, shared):
+        await host.load(adapter.digest, adapter.folder, into_slot=True)
+    answers = await asyncio.gather(*(ask(host, each.digest, max_new_tokens=12) for each in (shared, other)))
+    for adapter, answer in zip((shared, other), answers, strict=True):
+        whole = PROMPT.token_ids + answer.token_ids
+        found, plain = (reference(sglang.base, each, whole)[0][len(PROMPT.token_ids) - 1 :] for each in (adapter, None))
+        assert difference(answer.logprobs, found) < TOLERANCE
+        assert difference(answer.logprobs, plain) > 0.05
+    await sglang.check_upload(ranks=[1], mapped=[shared.digest, other.digest])
+
+
+async def test_evictions_of_mixed_ranks_leave_every_slot_bit_for_bit_as_sglang_does(sglang: SglangRig) -> None:
+    ranks = [8, 3, 5, 8, 1, 2, 8, 4, 7, 6, 8, 1, 3, 2, 5, 8, 1]
+    for seed in range(3):
+        await sglang.check_upload(ranks=ranks, seed=seed)
+
+
+async def test_adapters_that_take_turns_in_few_slots_answer_as_when_they_were_alone(
+    host: EngineHost, sglang: SglangRig, tmp_path: Path
+) -> None:
+    adapters = [make(sglang, tmp_path, seed=20 + rank, rank=rank) for rank in (8, 1, 5, 2)]
+    alone = []
+    for adapter in adapters:
+        await host.load(adapter.digest, adapter.folder, into_slot=True)
+        alone.append(await ask(host, adapter.digest, max_new_tokens=3))
+    # Four adapters and the base on four slots: every round evicts.
+    for _ in range(2):
+        await ask(host, max_new_tokens=1)
+        for adapter, before in zip(adapters, alone, strict=True):
+            answer = await ask(host, adapter.digest, max_new_tokens=3)
+            assert answer.token_ids == before.token_ids
+            # A prompt from the prefix cache rounds differently.
+            assert answer.logprobs == pytest.approx(before.logprobs, abs=1e-5)
+    await sglang.check_upload(ranks=[], mapped=[adapter.digest for adapter in adapters])
 
 
 async def test_zero_expert_adapter_is_bit_identical_to_the_base(
@@ -159,3 +172,21 @@ async def test_experts_without_all_three_projections_are_refused(
     adapter = make(sglang, tmp_path, seed=5, targets=("gate_proj", "up_proj"))
     with pytest.raises(InvalidArgument, match="gate, up and down together"):
         await host.load(adapter.digest, adapter.folder)
+
+
+async def test_unload_that_sglang_never_answers_makes_the_replica_sick(sglang: SglangRig, tmp_path: Path) -> None:
+    adapter = make(sglang, tmp_path, seed=8)
+    async with sglang.host(call_timeout_s=1.0) as host:
+        await host.load(adapter.digest, adapter.folder)
+        for process_id in sglang.process_ids:
+            os.kill(process_id, signal.SIGSTOP)
+        try:
+            with pytest.raises(Unavailable, match="must be restarted"):
+                await host.unload(adapter.digest)
+        finally:
+            for process_id in sglang.process_ids:
+                os.kill(process_id, signal.SIGCONT)
+        assert host.state is HostState.SICK
+        assert host.residents() == []
+        with pytest.raises(Unavailable, match="sick"):
+            await host.load(adapter.digest, adapter.folder)

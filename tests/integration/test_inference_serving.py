@@ -98,8 +98,8 @@ async def test_a_promoted_revision_is_on_the_nodes_disk_before_anybody_asks(
     policy, _ = await serve_random_adapter(stack, client, work, seed=110)
     alias = f"{policy}/aliases/live"
     await answer(client, alias)
-    number = await second_revision(stack, client, policy, work)
     before = await loader_status(stack)
+    number = await second_revision(stack, client, policy, work)  # followed already here, or with the promotion
     await client.aliases.promote(alias, number, reason="test")
     async with asyncio.timeout(20):
         while (now := await loader_status(stack)).num_misses == before.num_misses:  # noqa: ASYNC110 - another process

@@ -3,28 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import json
 import os
 import shutil
 import signal
 import sys
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
-import grpc
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from mint_api.runtime.v1 import engine_service_pb2, engine_service_pb2_grpc
 from mint_api.runtime.v1 import loader_service_pb2 as pb
-from mint_api.runtime.v1 import loader_service_pb2_grpc as pb_grpc
-from mint_api.v1 import common_pb2
 from mint_blobs import blob_key
-from mint_blobs.s3 import S3ObjectStore
-from mint_core.base_model import digest_of_folder
-from mint_core.channel import call, connect
-from mint_core.config import ServiceSettings
+from mint_core.channel import call
 from mint_core.errors import (
     BaseModelMismatch,
     BlobCorrupt,
@@ -33,24 +24,13 @@ from mint_core.errors import (
     MintError,
     NotFound,
     ResourceExhausted,
+    SignatureInvalid,
+    SignatureRequired,
     Unavailable,
 )
-from mint_core.server import Binding, Services, running
-from mint_engine.adapter_folder import AdapterRules
-from mint_engine.base_geometry import BaseGeometry
-from mint_engine.host import EngineHost, adapter_checker
-from mint_engine.replica import Replica
-from mint_engine.service import EngineServicer
-from support.fake_engine import FakeEngine, FakePrompts
-from support.serving_adapters import ServingAdapter, make_serving_adapter
-from support.tiny_models import make_tiny_llama
+from mint_core.signing import Signer
+from support.loader_node import Materials, Node, make_materials, running_node
 from support.weed import WeedServer, running_weed
-
-SERVICE = engine_service_pb2.DESCRIPTOR.services_by_name["EngineService"]
-
-
-class EngineEndpointSettings(ServiceSettings):
-    section = "engine"
 
 
 @pytest.fixture(scope="module")
@@ -59,150 +39,15 @@ def weed() -> Iterator[WeedServer]:
         yield server
 
 
-@dataclass(frozen=True)
-class Materials:
-    base: Path
-    base_digest: str
-    adapters: list[ServingAdapter]
-
-
 @pytest.fixture(scope="module")
 def materials(tmp_path_factory: pytest.TempPathFactory) -> Materials:
-    base = make_tiny_llama(tmp_path_factory.mktemp("base") / "tiny-llama")
-    work = tmp_path_factory.mktemp("adapters")
-    adapters = [make_serving_adapter(base, work / "folders", work / "blobs", seed=seed) for seed in range(4)]
-    return Materials(base, digest_of_folder(base, use_cache=False).digest, adapters)
-
-
-@dataclass
-class Node:
-    """One node: a loader in its own process beside an engine endpoint in this one."""
-
-    folder: Path
-    weed: WeedServer
-    store: S3ObjectStore
-    engine: FakeEngine
-    engine_address: str
-    materials: Materials
-    replica: Replica
-    process: asyncio.subprocess.Process | None = None
-    stub: pb_grpc.LoaderServiceStub | None = None
-    channel: grpc.aio.Channel | None = None
-
-    @property
-    def cache(self) -> Path:
-        return self.folder / "cache"
-
-    @property
-    def socket(self) -> str:
-        return f"unix:{self.folder / 'loader.sock'}"
-
-    async def start(self, *, failpoints: str = "", **changes: object) -> None:
-        store = self.weed.settings()
-        environ = {
-            "MINT_LOADER_OBJECT_STORE__ENDPOINT_URL": store.endpoint_url,
-            "MINT_LOADER_OBJECT_STORE__ACCESS_KEY_ID": store.access_key_id,
-            "MINT_LOADER_OBJECT_STORE__SECRET_ACCESS_KEY": store.secret_access_key.get_secret_value(),
-            "MINT_LOADER_OBJECT_STORE__READ_TIMEOUT_S": "2",
-            "MINT_LOADER_OBJECT_STORE__MAX_ATTEMPTS": "2",
-            "MINT_LOADER_OBJECT_STORE__TRANSFER_TIMEOUT_S": "5",
-            "MINT_LOADER_ENGINE_ADDRESS": self.engine_address,
-            "MINT_LOADER_CACHE_DIR": str(self.cache),
-            "MINT_LOADER_RUNTIME_LISTEN": self.socket,
-            "MINT_FAILPOINTS": failpoints,
-        } | {f"MINT_LOADER_{key.upper()}": str(value) for key, value in changes.items()}
-        self.process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "mint_loader", env=os.environ | environ, stderr=asyncio.subprocess.PIPE
-        )
-        assert self.process.stderr is not None
-        while line := await self.process.stderr.readline():
-            if json.loads(line).get("message") == "serving":
-                break
-        else:
-            raise AssertionError("the loader did not start")
-        self.channel = connect(self.socket, retry=False)
-        self.stub = pb_grpc.LoaderServiceStub(self.channel)
-
-    async def died(self) -> int:
-        assert self.process is not None
-        assert self.channel is not None
-        await self.channel.close()
-        await asyncio.wait_for(self.process.communicate(), 20)
-        code = self.process.returncode
-        self.process = None
-        assert code is not None
-        return code
-
-    async def stop(self, number: int = signal.SIGTERM) -> int:
-        assert self.process is not None
-        self.process.send_signal(number)
-        return await self.died()
-
-    async def adapter(self, number: int, *, tenant: str = "acme") -> pb.AdapterRef:
-        """Put one adapter into the store; what a loader is told of it."""
-        made = self.materials.adapters[number]
-        key = blob_key(tenant, made.digest, "stage-1")
-        await self.store.put_file(key, made.blob, digest=made.digest)
-        return self.ref(made.digest, made.blob.stat().st_size, key, tenant)
-
-    def ref(self, digest: str, size_bytes: int, key: str, tenant: str = "acme") -> pb.AdapterRef:
-        return pb.AdapterRef(
-            tenant=f"tenants/{tenant}",
-            blob=common_pb2.BlobRef(digest=digest, size_bytes=size_bytes),
-            object_key=key,
-            base_digest=self.materials.base_digest,
-        )
-
-    async def ensure(
-        self, ref: pb.AdapterRef, tier: pb.Tier.ValueType = pb.TIER_HOST, timeout_s: float = 20
-    ) -> pb.EnsureLoadedResponse:
-        assert self.stub is not None
-        request = pb.EnsureLoadedRequest(adapter=ref, tier=tier)
-        response: pb.EnsureLoadedResponse = await call(self.stub.EnsureLoaded, request, timeout_s=timeout_s)
-        return response
-
-    async def status(self) -> pb.GetLoaderStatusResponse:
-        assert self.stub is not None
-        response: pb.GetLoaderStatusResponse = await call(self.stub.GetLoaderStatus, pb.GetLoaderStatusRequest())
-        return response
-
-    def names(self) -> list[str]:
-        """Entries and leftovers in the cache folder."""
-        hidden = [*self.cache.glob(".incoming/*"), *self.cache.glob(".trash/*")]
-        return sorted(path.name for path in [*self.cache.glob("[0-9a-f]*"), *hidden])
+    return make_materials(tmp_path_factory.mktemp("materials"))
 
 
 @pytest.fixture
 async def node(tmp_path: Path, weed: WeedServer, materials: Materials) -> AsyncIterator[Node]:
-    engine = FakeEngine()
-    rules = AdapterRules(
-        base_digest=materials.base_digest,
-        geometry=BaseGeometry.from_folder(materials.base),
-        max_lora_rank=8,
-        target_modules=engine.limits.target_modules,
-    )
-    host = EngineHost(engine, FakePrompts(), adapter_checker(tmp_path / "cache", rules), call_timeout_s=10)
-    replica = Replica(host, "engineReplicas/one", "unix:engine", "baseModels/tiny", materials.base_digest, "")
-    binding = Binding(
-        engine_service_pb2_grpc.add_EngineServiceServicer_to_server,
-        EngineServicer(host, replica, max_generate_s=60),
-        SERVICE.full_name,
-    )
-
-    @contextlib.asynccontextmanager
-    async def build() -> AsyncIterator[Services]:
-        yield Services(runtime=[binding])
-
-    endpoint = EngineEndpointSettings(runtime_listen=f"unix:{tmp_path / 'engine.sock'}", grace_s=0.1)
-    async with running("engine", endpoint, build) as addresses, S3ObjectStore(weed.settings()) as store:
-        await store.ensure_bucket()
-        node = Node(tmp_path, weed, store, engine, addresses.runtime, materials, replica)
-        try:
-            yield node
-        finally:
-            if node.process is not None:
-                await node.stop(signal.SIGKILL)
-            await host.close()
+    async with running_node(tmp_path, weed, materials) as node:
+        yield node
 
 
 async def test_store_to_disk_to_engine_and_once_for_500(node: Node) -> None:
@@ -259,24 +104,6 @@ async def test_one_flipped_bit_on_disk_is_found_after_a_restart_and_fetched_agai
     assert (await node.status()).num_misses == 1
 
 
-@pytest.mark.parametrize(
-    "point", ["loader.fetched", "loader.sealed", "loader.published", "loader.loading", "loader.loaded"]
-)
-async def test_killed_at_every_step_it_leaves_all_or_nothing(node: Node, point: str) -> None:
-    await node.start(failpoints=f"{point}=kill")
-    ref = await node.adapter(1)
-    with pytest.raises(Unavailable):
-        await node.ensure(ref)
-    assert await node.died() == -signal.SIGKILL
-    await node.start()
-    name = ref.blob.digest.removeprefix("sha256:")
-    is_published = point not in ("loader.fetched", "loader.sealed")
-    assert node.names() == ([name] if is_published else [])
-    await node.ensure(ref)
-    assert node.names() == [name]
-    assert set(node.engine.loaded) == {ref.blob.digest}
-
-
 async def test_a_cache_for_two_holds_two(node: Node) -> None:
     refs = [await node.adapter(number) for number in range(4)]
     await node.start(max_cache_bytes=int(2.9 * refs[0].blob.size_bytes))
@@ -288,18 +115,6 @@ async def test_a_cache_for_two_holds_two(node: Node) -> None:
     await node.stop(signal.SIGKILL)
     await node.start(max_cache_bytes=int(1.9 * refs[0].blob.size_bytes))
     assert (await node.status()).num_cached == 1
-
-
-async def test_killed_while_it_evicts_it_sweeps_at_the_next_start(node: Node) -> None:
-    refs = [await node.adapter(number) for number in range(2)]
-    await node.start(max_cache_bytes=int(1.9 * refs[0].blob.size_bytes), failpoints="loader.evicting=kill")
-    await node.ensure(refs[0], pb.TIER_DISK)
-    with pytest.raises(Unavailable):
-        await node.ensure(refs[1], pb.TIER_DISK)
-    await node.died()
-    assert len(node.names()) >= 1
-    await node.start()
-    assert node.names() == []
 
 
 async def test_bad_references_and_bad_blobs_have_their_own_errors(node: Node, materials: Materials) -> None:
@@ -423,3 +238,42 @@ async def test_a_full_disk_is_told_and_costs_nothing_later(node: Node) -> None:
         unmounting = await asyncio.create_subprocess_exec("umount", "-l", node.cache)
         await unmounting.wait()
         shutil.rmtree(node.cache, ignore_errors=True)
+
+
+async def test_what_the_operators_keys_do_not_cover_is_refused_before_a_byte_moves(node: Node, tmp_path: Path) -> None:
+    key = Ed25519PrivateKey.generate()
+    signer = Signer(key)
+    keys = tmp_path / "keys.toml"
+    keys.write_text(f'[tenants]\nacme = ["{signer.public_key}"]\n')
+    await node.start(trusted_keys=keys)
+    ref = await node.adapter(0)
+    with pytest.raises(SignatureRequired, match="demands signatures on this node"):
+        await node.ensure(ref)
+    foreign = Signer(Ed25519PrivateKey.generate()).sign("acme", ref.blob.digest, ref.base_digest)
+    ref.signature.key_id, ref.signature.value = foreign.key_id, foreign.value
+    with pytest.raises(SignatureInvalid, match="this node trusts"):
+        await node.ensure(ref)
+    node.replica.to_load[:] = [ref]  # nor is what a promotion waits for
+    with pytest.raises(SignatureInvalid):
+        await node.ensure(ref, pb.TIER_DISK)
+    assert node.names() == []
+    assert node.engine.calls == []
+    node.replica.to_load[:] = []
+    mine = signer.sign("acme", ref.blob.digest, ref.base_digest)
+    ref.signature.key_id, ref.signature.value = mine.key_id, mine.value
+    assert (await node.ensure(ref)).found_at == pb.TIER_STORE
+    unsigned = await node.adapter(1, tenant="free")
+    assert (await node.ensure(unsigned)).found_at == pb.TIER_STORE
+    keys.write_text("nonsense")
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "mint_loader",
+        f"--engine-address={node.engine_address}",
+        f"--cache-dir={tmp_path / 'other'}",
+        f"--trusted-keys={keys}",
+        stderr=asyncio.subprocess.PIPE,
+    )
+    _, said = await asyncio.wait_for(process.communicate(), 60)
+    assert process.returncode == 1
+    assert b"is no TOML" in said.splitlines()[-1]

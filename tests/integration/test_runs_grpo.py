@@ -156,6 +156,8 @@ async def test_a_run_keeps_its_rollouts_and_publishes_every_step(
         run = await finish(client, queued.name)
         revisions = [revision async for revision in client.revisions.list(run.policy)]
         assert [revision.lineage.step for revision in revisions] == list(range(NUM_STEPS + 1))
+        assert {revision.lineage.recipe for revision in revisions} == {"grpo"}
+        assert all(each.lineage.data_digest and each.lineage.code_version for each in revisions)
         assert len({revision.blob.digest for revision in revisions}) == NUM_STEPS + 1, "every step learnt something"
         assert run.published_revision == revisions[-1].name
         alias = await client.aliases.get(f"{run.policy}/aliases/live")

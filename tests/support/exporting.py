@@ -1,10 +1,16 @@
-"""A catalog in memory for the exporter's unit tests: the same promises as the real one, without etcd."""
+"""An exporter for unit tests, over a catalog in memory that makes the promises of the real one without etcd."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import secrets
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
+from mint_blobs.digests import digest_bytes, digest_file_sync
+from mint_blobs.memory import MemoryObjectStore
 from mint_core.errors import (
     Aborted,
     AlreadyExists,
@@ -15,11 +21,33 @@ from mint_core.errors import (
     LeaseLost,
     NotFound,
 )
-from mint_core.names import BlobName, PolicyName
-from mint_exporter.model import BlobRecord, Fence, PolicyBase, Publication, Published
-from support.adapters import BASE_DIGEST
+from mint_core.names import BlobName, PolicyName, RevisionName
+from mint_core.signing import Signer
+from mint_exporter.export import Exporter
+from mint_exporter.imports import Importer
+from mint_exporter.model import (
+    BlobRecord,
+    Exported,
+    Fence,
+    Limits,
+    Lineage,
+    PolicyBase,
+    Publication,
+    Published,
+    RevisionBlob,
+    SavedWeights,
+)
+from mint_exporter.publishing import Publisher
+from mint_exporter.reading import Reader
+from mint_exporter.scratch import Scratch
+from support.adapters import BASE_DIGEST, config_for, moe_shapes, write_adapter
 
-__all__ = ["MemoryCatalog", "MemoryRevision"]
+__all__ = ["FENCE", "MIB", "POLICY", "RUN", "Bench", "MemoryCatalog", "MemoryRevision", "exporter_bench"]
+
+POLICY = PolicyName("acme", "support")
+FENCE = Fence(str(POLICY), 7)
+RUN = Lineage(run="tenants/acme/runs/r1", step=20)
+MIB = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -38,6 +66,7 @@ class MemoryCatalog:
     fences: dict[PolicyName, int] = field(default_factory=dict)
     blobs: dict[BlobName, BlobRecord] = field(default_factory=dict)
     revisions: dict[PolicyName, list[MemoryRevision]] = field(default_factory=dict)
+    architectures: dict[str, str] = field(default_factory=dict)
     num_stagings: int = 0
     num_condemnations: int = 0
     """How many times garbage collection condemns a blob just before it would be published."""
@@ -53,6 +82,16 @@ class MemoryCatalog:
         if policy not in self.policies:
             raise NotFound(f"there is no policy {policy}")
         return self.policies[policy]
+
+    async def architecture(self, base_model: str) -> str:
+        return self.architectures.get(base_model, "")
+
+    async def revision_blob(self, name: RevisionName) -> RevisionBlob:
+        history = self.revisions.get(name.parent, [])
+        if not 0 < name.number <= len(history):
+            raise NotFound(f"there is no {name}")
+        record = self.blobs[history[name.number - 1].publication.blob]
+        return RevisionBlob(name, record.name.digest, record.size_bytes, record.object_key)
 
     async def holds(self, policy: PolicyName, fence: Fence) -> bool:
         return self.fences.get(policy) == fence.token
@@ -104,3 +143,74 @@ class MemoryCatalog:
             raise BaseModelMismatch("another base")
         history.append(MemoryRevision(len(history) + 1, publication))
         return Published(history[-1], 1)
+
+
+@dataclass
+class Bench:
+    """Everything an exporter does, over a catalog and a store in memory."""
+
+    catalog: MemoryCatalog
+    store: MemoryObjectStore
+    scratch: Scratch
+    exporter: Exporter
+    importer: Importer
+    reader: Reader
+    work: Path
+
+    async def save(self, *, seed: int = 0, tenant: str = "acme", **changes: object) -> SavedWeights:
+        shapes = moe_shapes()
+        path = self.work / secrets.token_hex(4)
+        write_adapter(path, shapes, config_for(shapes, **changes), seed=seed)
+        digest = digest_file_sync(path)
+        key = f"tenants/{tenant}/states/support/r1/{seed:08d}-7/weights.safetensors"
+        info = await self.store.put_file(key, path, digest=digest)
+        return SavedWeights(key, digest, info.size_bytes)
+
+    async def upload(self, data: bytes, *, tenant: str = "acme") -> BlobName:
+        """A verified blob."""
+        name = BlobName(tenant, digest_bytes(data))
+        record = await self.catalog.stage_blob(name, len(data))
+        await self.store.put_bytes(record.object_key, data)
+        await self.catalog.verify_blob(name, record.object_key)
+        return name
+
+    async def export(self, weights: SavedWeights, fence: Fence = FENCE, lineage: Lineage = RUN) -> Exported:
+        return await self.exporter.export(POLICY, weights, fence, lineage, "")
+
+    @property
+    def revisions(self) -> list[MemoryRevision]:
+        return self.catalog.revisions[POLICY]
+
+    def limit(self, **changes: int) -> None:
+        """Other limits than the bench began with."""
+        for part in (self.exporter, self.importer, self.exporter._publisher):
+            part._limits = replace(part._limits, **changes)
+
+    def assert_sound(self) -> None:
+        """No revision names bytes that are not there, and nothing is left on disk."""
+        for revision in self.revisions:
+            record = self.catalog.blobs[revision.publication.blob]
+            assert record.is_verified
+            assert self.store._objects[record.object_key].info.digest == record.name.digest
+        assert self.scratch.used_bytes == 0
+        assert list(self.scratch._part.iterdir()) == []
+
+
+@contextlib.asynccontextmanager
+async def exporter_bench(folder: Path, signer: Signer | None = None) -> AsyncIterator[Bench]:
+    """One policy, whose fence is 7; at most 8 MiB and rank 16."""
+    catalog, store = MemoryCatalog(), MemoryObjectStore()
+    catalog.add(POLICY)
+    limits = Limits(max_adapter_bytes=8 * MIB, max_rank=16, max_exports=2, max_archive_bytes=16 * MIB)
+    publisher = Publisher(catalog, store, limits, signer)
+    working = asyncio.Semaphore(2)
+    async with Scratch(folder / "scratch", 64 * MIB) as scratch:
+        yield Bench(
+            catalog,
+            store,
+            scratch,
+            Exporter(catalog, store, scratch, publisher, limits, working),
+            Importer(catalog, store, scratch, publisher, limits, working),
+            Reader(catalog, store, scratch),
+            folder,
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 from mint_core.base_model import digest_of_folder
 from mint_engine.base_geometry import BaseGeometry
 from mint_lora import AdapterConfig, pack, write_peft_folder, write_safetensors, write_serving_folder
+from mint_lora.config import LAYOUT_PEFT, LAYOUT_SHARED_OUTER
 
 __all__ = ["ServingAdapter", "adapter_shapes", "make_serving_adapter"]
 
@@ -56,10 +58,12 @@ def make_serving_adapter(
     zero: bool = False,
     targets: tuple[str, ...] = _DENSE,
     base_digest: str | None = None,
+    shared_experts: bool = False,
 ) -> ServingAdapter:
     """Write a float32 adapter with random A and B (std 0.12, as the tiny bases' weights; B zero with ``zero``).
 
-    ``adapter_dir`` gets the folder the engine reads, ``work`` the blob and a PEFT folder.
+    ``adapter_dir`` gets the folder the engine reads, ``work`` the blob and a PEFT folder. With ``shared_experts`` all
+    experts of a block have one A of gate and up and one B of down, and the blob stores these once.
     """
     random = np.random.default_rng(seed)
     tensors = {}
@@ -69,6 +73,8 @@ def make_serving_adapter(
         lora_b = random.standard_normal((out_features, rank), dtype=np.float32) * np.float32(0.0 if zero else 0.12)
         tensors[f"base_model.model.{module}.lora_A.weight"] = lora_a
         tensors[f"base_model.model.{module}.lora_B.weight"] = lora_b
+    if shared_experts:
+        tensors = _shared(tensors)
     config = AdapterConfig(
         rank=rank,
         alpha=scaling * rank,
@@ -76,12 +82,13 @@ def make_serving_adapter(
         base_model=base.name,
         base_digest=base_digest or digest_of_folder(base, use_cache=False).digest,
         dtype="float32",
+        layout=LAYOUT_SHARED_OUTER if shared_experts else LAYOUT_PEFT,
     )
     work.mkdir(parents=True, exist_ok=True)
     adapter_dir.mkdir(parents=True, exist_ok=True)
-    source = work / f"source-{seed}-{rank}-{zero}.safetensors"
+    source = work / f"source-{seed}-{rank}-{zero}-{shared_experts}.safetensors"
     write_safetensors(source, tensors, config.to_metadata())
-    packed = pack(source, work / f"blob-{seed}-{rank}-{zero}.safetensors")
+    packed = pack(source, work / f"blob-{seed}-{rank}-{zero}-{shared_experts}.safetensors")
     folder = packed.digest.removeprefix("sha256:")
     write_serving_folder(packed.path, adapter_dir / folder)
     peft_folder = None
@@ -89,3 +96,15 @@ def make_serving_adapter(
         peft_folder = work / f"peft-{folder[:16]}"
         write_peft_folder(packed.path, peft_folder)
     return ServingAdapter(packed.digest, folder, packed.path, peft_folder, packed.config)
+
+
+def _shared(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Experts stacked, of a side that they share only the first."""
+    stacks: dict[str, list[np.ndarray]] = {}
+    for name, array in tensors.items():
+        stacks.setdefault(re.sub(r"\.experts\.\d+\.", ".experts.", name), []).append(array)
+    found = {}
+    for name, arrays in stacks.items():
+        is_shared = bool(re.search(r"\.experts\.(?:(?:gate|up)_proj\.lora_A|down_proj\.lora_B)\.", name))
+        found[name] = np.stack(arrays[:1] if is_shared else arrays) if ".experts." in name else arrays[0]
+    return found

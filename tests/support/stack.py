@@ -165,13 +165,15 @@ class Stack:
 
 
 @contextlib.contextmanager
-def running_stack(state: Path, base: Path, *arguments: str, environ: dict[str, str] | None = None) -> Iterator[Stack]:
+def running_stack(
+    state: Path, base: Path, *arguments: str, environ: dict[str, str] | None = None, timeout_s: float = 200
+) -> Iterator[Stack]:
     """``mint up`` … ``mint down``; whatever happens, nothing keeps running."""
     stack = Stack(state, base, {"OMP_NUM_THREADS": "1"} | (environ or {}))
     env = os.environ | stack.extra_environ
     command = [str(MINT), "up", "--state-dir", str(state), "--base", str(base), "--dtype", "float32", *arguments]
     try:
-        up = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=200)
+        up = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=timeout_s)
         if up.returncode != 0:
             raise RuntimeError(f"mint up ended with {up.returncode}: {up.stderr}\n{stack.tail()}")
         yield stack

@@ -12,6 +12,7 @@ from aiobotocore.config import AioConfig
 from aiobotocore.session import get_session
 
 from mint_blobs._s3_errors import STORE_FAILURES, translate
+from mint_blobs._slots import TransferSlots
 from mint_blobs.settings import ObjectStoreSettings
 from mint_core.errors import FailedPrecondition, MintError, Unavailable
 
@@ -26,7 +27,7 @@ class S3Calls:
 
     def __init__(self, settings: ObjectStoreSettings) -> None:
         self.settings = settings
-        self.slots = asyncio.Semaphore(settings.max_concurrency)
+        self.slots = TransferSlots(settings.max_concurrency)
         self._stack = contextlib.AsyncExitStack()
         self._client: Any = None
 
@@ -98,10 +99,13 @@ class S3Calls:
             pause_s = min(2 * pause_s, _MAX_BACKOFF_S)
 
     async def all_in_slots(self, works: Iterable[Callable[[], Coroutine[Any, Any, None]]]) -> None:
-        """Run all ``works``, as many at one time as there are slots; the first error cancels the others."""
+        """Run the ``works`` of one transfer, as many at one time as it gets slots; the first error cancels the
+        others.
+        """
+        transfer = object()
 
         async def run(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
-            async with self.slots:
+            async with self.slots.slot(transfer):
                 await work()
 
         with first_error():

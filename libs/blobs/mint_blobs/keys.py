@@ -5,7 +5,9 @@
     tenants/{t}/blobs/{hex of digest}/{stage id}            adapter revisions, data sets
     tenants/{t}/states/{policy}/{run}/{step:08d}-{fence}/   a training state, three objects:
         weights.safetensors  optimizer.safetensors  state.json
+        export.safetensors                              in place of them, for an export and nothing else
     tenants/{t}/rollouts/{policy}/{run}/{step:08d}-{fence}  the rollout batch of one step
+    tenants/{t}/imports/…                                   what the tenant put there itself, to be imported
 
 No key is shared between tenants: knowing a digest grants nothing. A blob's stage id is never reused, so a deletion
 that arrives late cannot hit a later upload of the same bytes. The key of a state or rollout batch carries the fence of
@@ -21,7 +23,16 @@ from mint_blobs.digests import digest_hex
 from mint_core.errors import InvalidArgument
 from mint_core.names import PolicyName, check_digest, check_id
 
-__all__ = ["StateKeys", "blob_key", "blob_prefix", "check_key", "rollout_key", "rollout_prefix", "state_keys"]
+__all__ = [
+    "StateKeys",
+    "blob_key",
+    "blob_prefix",
+    "check_key",
+    "import_prefix",
+    "rollout_key",
+    "rollout_prefix",
+    "state_keys",
+]
 
 _SEGMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]*")
 _MAX_KEY_BYTES = 1024
@@ -51,6 +62,11 @@ def blob_key(tenant: str, digest: str, stage_id: str) -> str:
     return blob_prefix(tenant, digest) + check_id(stage_id, field="stage_id")
 
 
+def import_prefix(tenant: str) -> str:
+    """Prefix of what a tenant put into the bucket itself; garbage collection leaves it alone."""
+    return f"tenants/{check_id(tenant, field='tenant')}/imports/"
+
+
 @dataclass(frozen=True, slots=True)
 class StateKeys:
     """The three objects of one training state."""
@@ -64,6 +80,9 @@ class StateKeys:
     state: str
     """Step, schedule and data position as JSON."""
 
+    export: str
+    """Weights that were saved to be exported only: nothing can be resumed from them."""
+
 
 def state_keys(policy: PolicyName, run: str, step: int, fence: int) -> StateKeys:
     """Keys of the training state that the holder of ``fence`` saved after ``step`` steps of ``run``."""
@@ -72,6 +91,7 @@ def state_keys(policy: PolicyName, run: str, step: int, fence: int) -> StateKeys
         weights=f"{folder}/weights.safetensors",
         optimizer=f"{folder}/optimizer.safetensors",
         state=f"{folder}/state.json",
+        export=f"{folder}/export.safetensors",
     )
 
 

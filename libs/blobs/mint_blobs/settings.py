@@ -50,8 +50,9 @@ class ObjectStoreSettings(BaseModel):
     backoff_s: float = Field(default=0.1, gt=0)
     """First pause between attempts; doubles up to 2 s, with jitter."""
 
-    max_concurrency: int = Field(default=8, ge=1, le=256)
-    """Requests that carry file bytes at one time, over all transfers of this client."""
+    max_concurrency: int = Field(default=12, ge=1, le=256)
+    """Requests that carry file bytes at one time, over all transfers of this client; a quarter of them is left to
+    transfers that have none yet."""
 
     part_size_bytes: int = Field(default=8 * _MIB, ge=5 * _MIB)
     """Size of one uploaded part (S3 asks for at least 5 MiB). Memory is bounded by ``max_concurrency`` parts."""

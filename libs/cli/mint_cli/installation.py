@@ -20,6 +20,9 @@ __all__ = ["SERVICES", "Installation", "ProcessSpec", "UpOptions", "plan_install
 SERVICES = ("catalog", "trainer", "exporter", "loader", "engine", "inference", "runs")
 """MinT's own processes, in the order in which they are listed; each is the module ``mint_NAME``."""
 
+_OF_A_NODE = ("loader", "engine")
+"""What every engine replica has of its own."""
+
 _WEED_PORTS = (
     "s3.port",
     "s3.port.grpc",
@@ -43,6 +46,8 @@ class UpOptions:
     """Compute type of the base in trainer and engine."""
     max_lora_rank: int = 16
     """Highest rank the engine takes; every slot is as large as this rank needs."""
+    replicas: int = 1
+    """Engines, each with a loader and a disk cache of its own. Those after the first are ``engine-2`` and so on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +88,8 @@ def plan_installation(state: StateDir, base: LocalModel, options: UpOptions) -> 
     etcd_path, warning = find_etcd()
     weed_path = find_weed()
     names = ["etcd.client", "etcd.peer", *(f"weed.{name}" for name in _WEED_PORTS)]
-    names += [f"{name}.{kind}" for name in SERVICES for kind in ("listen", "runtime_listen")]
+    more = [f"{name}-{number}" for number in range(2, options.replicas + 1) for name in _OF_A_NODE]
+    names += [f"{name}.{kind}" for name in (*SERVICES, *more) for kind in ("listen", "runtime_listen")]
     address = {name: f"127.0.0.1:{port}" for name, port in state.ports(names).items()}
     credentials = state.credentials()
     # Nothing runs yet: what lies there is of processes that were killed.
@@ -95,7 +101,10 @@ def plan_installation(state: StateDir, base: LocalModel, options: UpOptions) -> 
         stages=(
             (_etcd(etcd_path, address, state), _weed(weed_path, address, state, credentials)),
             (services["catalog"],),
-            tuple(services[name] for name in SERVICES if name not in ("catalog", "runs")),
+            (
+                *(services[name] for name in SERVICES if name not in ("catalog", "runs")),
+                *(_service(name, address, state) for name in more),
+            ),
             # Last up and first down: a draining worker still saves its state.
             (services["runs"],),
         ),
@@ -157,10 +166,11 @@ def _settings(
 
 def _service(name: str, address: Mapping[str, str], state: StateDir) -> ProcessSpec:
     listen, runtime = address[f"{name}.listen"], address[f"{name}.runtime_listen"]
-    internal = name in ("loader", "engine")
+    room, _, number = name.partition("-")
+    internal = room in _OF_A_NODE
     return ProcessSpec(
         name=name,
-        argv=(sys.executable, "-m", f"mint_{name}", "--config", str(state.settings_path)),
+        argv=(sys.executable, "-m", f"mint_{room}", "--config", str(state.settings_path)),
         address=runtime if internal else listen,
         runtime_address=runtime,
         health=f"grpc:{listen}",
@@ -172,8 +182,25 @@ def _service(name: str, address: Mapping[str, str], state: StateDir) -> ProcessS
             # Trainer and engine share the cores. A kernel's threads that wait by spinning, which is the default, take
             # from each other the time they wait for: nine times slower, measured with two processes on two cores.
             "OMP_WAIT_POLICY": "PASSIVE",
-        },
+        }
+        | (_of_replica(room, number, address, state) if number else {}),
     )
+
+
+def _of_replica(room: str, number: str, address: Mapping[str, str], state: StateDir) -> dict[str, str]:
+    """What a process of a further replica has otherwise than mint.toml says."""
+    adapters = str(state.data / f"adapters-{number}")
+    name = f"{room}-{number}"
+    settings = {kind: address[f"{name}.{kind}"] for kind in ("listen", "runtime_listen")}
+    if room == "engine":
+        settings |= {
+            "engine_replica": f"engineReplicas/local-{number}",
+            "adapter_dir": adapters,
+            "loader_address": address[f"loader-{number}.runtime_listen"],
+        }
+    else:
+        settings |= {"engine_address": address[f"engine-{number}.runtime_listen"], "cache_dir": adapters}
+    return {f"MINT_{room}_{key}".upper(): value for key, value in settings.items()}
 
 
 def _etcd(path: Path, address: Mapping[str, str], state: StateDir) -> ProcessSpec:

@@ -20,9 +20,11 @@ from mint_cli.commands import (
     fleet,
     generate,
     lease,
+    loader,
     local,
     model,
     policy,
+    replica,
     revision,
     rollout,
     tenant,
@@ -51,11 +53,13 @@ app.add_typer(train.app, name="train")
 app.add_typer(run_commands.app, name="run")
 app.add_typer(evaluate.app, name="eval")
 app.add_typer(lease.app, name="lease")
+app.add_typer(loader.app, name="loader")
 app.add_typer(rollout.app, name="rollout")
 app.add_typer(revision.app, name="revision")
 app.add_typer(alias.app, name="alias")
 app.add_typer(audit.app, name="audit")
 app.command()(usage.usage)
+app.add_typer(replica.app, name="replica")
 app.add_typer(fleet.app, name="fleet")
 app.add_typer(tenant.app, name="tenant")
 app.add_typer(catalog.app, name="catalog")

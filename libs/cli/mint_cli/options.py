@@ -15,6 +15,7 @@ __all__ = [
     "CatalogRuntimeOption",
     "ContinueOption",
     "ExporterOption",
+    "ExporterRuntimeOption",
     "InferenceOption",
     "JsonOption",
     "LearningRateOption",
@@ -68,6 +69,15 @@ ExporterOption = Annotated[
     str,
     typer.Option(
         "--exporter", envvar="MINT_ENDPOINTS_EXPORTER", help="host:port of the exporter.", show_default="of `mint up`"
+    ),
+]
+ExporterRuntimeOption = Annotated[
+    str,
+    typer.Option(
+        "--exporter-runtime",
+        envvar="MINT_ENDPOINTS_EXPORTER_RUNTIME",
+        help="host:port of the exporter's runtime services.",
+        show_default="of `mint up`",
     ),
 ]
 PolicyArgument = Annotated[str, typer.Argument(help="tenant/policy")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncGenerator, Sequence
+from pathlib import Path
 from typing import Any, Self
 
 from mint_api.runtime.v1 import (
@@ -16,9 +17,12 @@ from mint_api.runtime.v1 import (
 )
 from mint_api.v1 import common_pb2, revision_service_pb2, run_service_pb2
 from mint_client._calling import Connection, new_request_id
+from mint_client._peft_folder import write_peft_folder
 from mint_core.channel import DEFAULT_TIMEOUT_S, call, stream
 
 __all__ = ["ExporterClient", "WorkClient"]
+
+_STREAM_TIMEOUT_S = 3600.0
 
 
 class WorkClient:
@@ -123,7 +127,7 @@ class WorkClient:
 
 
 class ExporterClient:
-    """From training state to published revision."""
+    """From training state to published revision; PEFT adapters in and out."""
 
     def __init__(self, exporter_runtime_address: str, *, timeout_s: float = 600.0) -> None:
         self._connection = Connection("exporter", exporter_runtime_address)
@@ -162,13 +166,78 @@ class ExporterClient:
         return response
 
     async def import_revision(
-        self, policy: str, weights: common_pb2.BlobRef, adapter_config_json: str, *, request_id: str | None = None
+        self,
+        policy: str,
+        weights: common_pb2.BlobRef,
+        adapter_config_json: str,
+        *,
+        lineage: revision_service_pb2.Lineage | None = None,
+        request_id: str | None = None,
     ) -> revision_service_pb2.Revision:
         """Publish an uploaded PEFT adapter."""
-        request = exporter_service_pb2.ImportRevisionRequest(
-            policy=policy,
-            weights=weights,
-            adapter_config_json=adapter_config_json,
-            request_id=request_id or new_request_id(),
+        return await self._import(
+            exporter_service_pb2.ImportRevisionRequest(
+                policy=policy,
+                weights=weights,
+                adapter_config_json=adapter_config_json,
+                lineage=lineage,
+                request_id=request_id or new_request_id(),
+            )
         )
+
+    async def import_archive(
+        self,
+        policy: str,
+        archive: common_pb2.BlobRef,
+        *,
+        lineage: revision_service_pb2.Lineage | None = None,
+        request_id: str | None = None,
+    ) -> revision_service_pb2.Revision:
+        """Publish the adapter in an uploaded tar, tar.gz or zip of a PEFT folder."""
+        return await self._import(
+            exporter_service_pb2.ImportRevisionRequest(
+                policy=policy, archive=archive, lineage=lineage, request_id=request_id or new_request_id()
+            )
+        )
+
+    async def import_object(
+        self,
+        policy: str,
+        key: str,
+        *,
+        digest: str = "",
+        lineage: revision_service_pb2.Lineage | None = None,
+        request_id: str | None = None,
+    ) -> revision_service_pb2.Revision:
+        """Publish the adapter in an object below ``tenants/{tenant}/imports/``: an archive, or weights with their
+        ``adapter_config.json`` beside them. ``digest`` may be empty where the store has it recorded."""
+        blob = common_pb2.BlobRef(digest=digest) if digest else None
+        return await self._import(
+            exporter_service_pb2.ImportRevisionRequest(
+                policy=policy,
+                object=exporter_service_pb2.ImportObject(key=key, blob=blob),
+                lineage=lineage,
+                request_id=request_id or new_request_id(),
+            )
+        )
+
+    async def export_peft(self, revision: str, folder: Path, *, layout: str = "") -> None:
+        """Bring a revision to ``folder`` as PEFT reads it; the folder appears only whole, each file with its digest.
+
+        Raises :class:`AlreadyExists` if there is such a folder, :class:`InvalidArgument` if it cannot be made.
+        """
+        request = exporter_service_pb2.ExportPeftRequest(revision=revision, layout=layout)
+        responses: Any = stream(self._stub.ExportPeft, request, timeout_s=_STREAM_TIMEOUT_S)
+        async with contextlib.aclosing(responses):
+            await write_peft_folder(responses, folder)
+
+    async def diff(self, revision: str, other: str) -> exporter_service_pb2.DiffRevisionsResponse:
+        """Compare two revisions of a tenant: configuration, and delta W module by module."""
+        request = exporter_service_pb2.DiffRevisionsRequest(revision=revision, other=other)
+        response: exporter_service_pb2.DiffRevisionsResponse = await call(
+            self._stub.DiffRevisions, request, timeout_s=self._timeout_s
+        )
+        return response
+
+    async def _import(self, request: exporter_service_pb2.ImportRevisionRequest) -> revision_service_pb2.Revision:
         return (await call(self._stub.ImportRevision, request, timeout_s=self._timeout_s)).revision

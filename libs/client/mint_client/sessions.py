@@ -110,10 +110,13 @@ class Sessions:
         return (await call(self._stub.OptimStep, request, timeout_s=timeout_s)).result
 
     async def save_state(
-        self, session: str, *, run: str = "", fence: int = 0, timeout_s: float = 300.0
+        self, session: str, *, run: str = "", fence: int = 0, for_export: bool = False, timeout_s: float = 300.0
     ) -> common_pb2.TrainingState:
-        """Store weights, optimizer and newest step results under a unique key; nothing becomes current by it."""
-        request = session_service_pb2.SaveStateRequest(session=session, run=run, fence=fence)
+        """Store weights, optimizer and newest step results under a unique key; nothing becomes current by it.
+
+        With ``for_export`` only the weights, in the base's compute type: to be exported, not to be resumed from.
+        """
+        request = session_service_pb2.SaveStateRequest(session=session, run=run, fence=fence, for_export=for_export)
         return (await call(self._stub.SaveState, request, timeout_s=timeout_s)).state
 
     async def load_state(

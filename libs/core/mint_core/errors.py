@@ -19,6 +19,8 @@
     │   ├── BlobMissing            publish before the blob was verified
     │   ├── BaseModelMismatch      adapter and resident base differ
     │   ├── GateNotMet             an evaluation that an alias's gate asks for is missing or falls short
+    │   ├── SignatureRequired      the tenant's adapters must be signed, this one is not
+    │   ├── SignatureInvalid       no trusted key vouches for the adapter
     │   ├── AdapterNotResident     the engine does not hold the digest
     │   └── AdapterPinned          the digest is in use and cannot be unloaded
     ├── OutOfRange
@@ -67,6 +69,8 @@ __all__ = [
     "RequestIdReused",
     "ResourceExhausted",
     "RevisionCompacted",
+    "SignatureInvalid",
+    "SignatureRequired",
     "Unauthenticated",
     "Unavailable",
     "Unimplemented",
@@ -204,6 +208,18 @@ class GateNotMet(FailedPrecondition):
     """An evaluation that an alias's gate asks for is missing or falls short."""
 
     reason: ClassVar[str] = "GATE_NOT_MET"
+
+
+class SignatureRequired(FailedPrecondition):
+    """The tenant's adapters must be signed on this node, and this one is not."""
+
+    reason: ClassVar[str] = "SIGNATURE_REQUIRED"
+
+
+class SignatureInvalid(FailedPrecondition):
+    """The adapter is signed, but not by a key that this node trusts for the tenant, or not this adapter."""
+
+    reason: ClassVar[str] = "SIGNATURE_INVALID"
 
 
 class AdapterNotResident(FailedPrecondition):

@@ -7,6 +7,7 @@ files whose names end in :data:`TEMP_SUFFIX`; the owner of a folder removes them
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 import shutil
@@ -14,7 +15,7 @@ from collections.abc import Iterator
 from io import BufferedRandom
 from pathlib import Path
 
-__all__ = ["TEMP_SUFFIX", "atomic_file", "fsync_dir", "sweep_temp_files"]
+__all__ = ["TEMP_SUFFIX", "atomic_file", "atomic_folder", "fsync_dir", "sweep_temp_files"]
 
 TEMP_SUFFIX = ".mint-tmp"
 """How the name of every unfinished file ends."""
@@ -30,21 +31,45 @@ def fsync_dir(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[BufferedRandom]:
+def atomic_file(path: Path, *, durable: bool = True) -> Iterator[BufferedRandom]:
     """Open a temporary file beside ``path`` for reading and writing; it becomes ``path`` when the block ends well.
 
-    If the block raises, nothing is left. An existing ``path`` is replaced in one step.
+    If the block raises, nothing is left. An existing ``path`` is replaced in one step. Without ``durable`` nothing is
+    synced: for a file whose folder somebody syncs as a whole before it counts.
     """
     temporary = path.parent / f".{path.name[:100]}.{secrets.token_hex(8)}{TEMP_SUFFIX}"
     try:
         with temporary.open("x+b") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         temporary.replace(path)
     except BaseException:  # also when interrupted, no half file stays
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()
+        raise
+    if durable:
+        fsync_dir(path.parent)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A new folder beside ``path`` that becomes ``path`` when the block ends well; whoever fills it syncs its files.
+
+    If the block raises, nothing is left. Raises :class:`FileExistsError` if ``path`` exists.
+    """
+    if path.exists():
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+    temporary = path.parent / f".{path.name[:100]}.{secrets.token_hex(8)}{TEMP_SUFFIX}"
+    temporary.mkdir()
+    try:
+        yield temporary
+        fsync_dir(temporary)
+        # Renaming onto a folder that somebody made meanwhile works only while that is empty, which is as good as none.
+        temporary.rename(path)
+    except BaseException:  # also when interrupted, no half folder stays
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
     fsync_dir(path.parent)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import Any, Self, TypeVar
@@ -15,11 +15,14 @@ from mint_core.names import check_digest
 
 __all__ = [
     "LAYOUT_PACKED",
+    "LAYOUT_PARAMETERS",
     "LAYOUT_PEFT",
+    "LAYOUT_SHARED_OUTER",
     "MAX_RANK",
     "METADATA_KEY",
     "ORIENTATION",
     "AdapterConfig",
+    "ends",
     "load_json_object",
 ]
 
@@ -30,8 +33,15 @@ in random order, and equal adapters would get different digests."""
 LAYOUT_PEFT = "peft-1"
 """Tensors as PEFT saves them; each expert has its own."""
 
+LAYOUT_PARAMETERS = "peft-parameters-1"
+"""Tensors as PEFT saves them with ``target_parameters``: all experts in one flat matrix, gate and up fused."""
+
 LAYOUT_PACKED = "packed-1"
-"""Serving layout: one tensor for all experts of a module, one rank, one scaling."""
+"""Serving layout: one tensor for all experts of a module, one rank, one scaling. A side that all experts share may
+have a first dimension of 1."""
+
+LAYOUT_SHARED_OUTER = "shared-outer-1"
+"""As packed, where all experts share A of gate and up, and B of down: SGLang's ``experts_shared_outer_loras``."""
 
 ORIENTATION = "A[r,in] B[out,r]"
 """How the last two dimensions are meant: delta W = scaling * B @ A."""
@@ -40,6 +50,9 @@ MAX_RANK = 512
 """Largest rank believed."""
 
 _DTYPES = ("bfloat16", "float16", "float32")
+_LAYOUTS = (LAYOUT_PEFT, LAYOUT_PARAMETERS, LAYOUT_PACKED, LAYOUT_SHARED_OUTER)
+# What PEFT, on a model with routed experts, takes for the experts' even where a dense module is meant.
+_TAKEN_FOR_EXPERTS = frozenset({"gate", "gate_proj", "up_proj", "down_proj"})
 _MODULE = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 _MAX_JSON_BYTES = 1024 * 1024
 _MAX_PATTERNS = 50_000
@@ -51,16 +64,31 @@ def _refuse(key: str, value: object, expected: str) -> InvalidArgument:
     return InvalidArgument(f"adapter configuration: {key} is {str(value)[:100]!r}, expected {expected}", field=key)
 
 
+def ends(module: str) -> Iterator[str]:
+    """A dotted name and all its ends: ``a.b.c``, ``b.c``, ``c``."""
+    while True:
+        yield module
+        _, dot, module = module.partition(".")
+        if not dot:
+            return
+
+
 def load_json_object(text: str, *, what: str) -> dict[str, Any]:
-    """Parse a JSON object of at most 1 MiB, without NaN; :class:`InvalidArgument` names ``what``."""
+    """Parse a JSON object of at most 1 MiB, without NaN or a key twice; :class:`InvalidArgument` names ``what``."""
 
     def no_constant(constant: str) -> None:
         raise ValueError(f"{constant} is not JSON")
 
+    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            raise ValueError("an object has a key twice")
+        return found
+
     if len(text) > _MAX_JSON_BYTES:
         raise InvalidArgument(f"{what} has {len(text)} characters, allowed are {_MAX_JSON_BYTES}", field=what)
     try:
-        value = json.loads(text, parse_constant=no_constant)
+        value = json.loads(text, parse_constant=no_constant, object_pairs_hook=no_duplicates)
     except (ValueError, RecursionError) as error:
         raise InvalidArgument(f"{what} is not JSON: {str(error)[:200]}", field=what) from None
     if not isinstance(value, dict):
@@ -108,7 +136,7 @@ class AdapterConfig:
         check("alpha", _is_alpha(self.alpha), "a finite number other than 0")
         check("use_rslora", type(self.use_rslora) is bool, "true or false")
         check("dtype", self.dtype in _DTYPES, f"one of {', '.join(_DTYPES)}")
-        check("layout", self.layout in (LAYOUT_PEFT, LAYOUT_PACKED), f"{LAYOUT_PEFT} or {LAYOUT_PACKED}")
+        check("layout", self.layout in _LAYOUTS, f"one of {', '.join(_LAYOUTS)}")
         check("orientation", self.orientation == ORIENTATION, repr(ORIENTATION))
         check("base_model", isinstance(self.base_model, str) and 0 < len(self.base_model) <= 200, "an id")
         check_digest(str(self.base_digest), field="base_digest")
@@ -140,15 +168,38 @@ class AdapterConfig:
         """Rank of a module, by its dotted name without prefix: ``model.layers.0.self_attn.q_proj``."""
         return _longest_match(self.rank_pattern, module, self.rank)
 
+    def alpha_of(self, module: str) -> float:
+        """Alpha of a module, likewise."""
+        return _longest_match(self.alpha_pattern, module, self.alpha)
+
     def scaling_of(self, module: str) -> float:
         """Factor of B @ A for a module."""
-        rank = self.rank_of(module)
-        return _longest_match(self.alpha_pattern, module, self.alpha) / (math.sqrt(rank) if self.use_rslora else rank)
+        return self.alpha_of(module) / self.divisor(self.rank_of(module))
+
+    def divisor(self, rank: int) -> float:
+        """What alpha is divided by to give the scaling of a module of this rank."""
+        return math.sqrt(rank) if self.use_rslora else rank
 
     @property
     def scaling(self) -> float:
         """Factor of B @ A where no pattern says otherwise."""
-        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+        return self.alpha / self.divisor(self.rank)
+
+    def check_targets(self, modules: Iterable[str]) -> None:
+        """Raise :class:`InvalidArgument` unless every module is targeted, and every target is the end of a module."""
+        targets, used = set(self.target_modules), set[str]()
+        for module in modules:
+            matching = targets.intersection(ends(module))
+            if not matching:
+                raise InvalidArgument(
+                    f"module {module} is adapted but is none of target_modules {list(self.target_modules)[:50]}",
+                    field="target_modules",
+                )
+            used |= matching
+        if unused := targets - used:
+            raise InvalidArgument(
+                f"target_modules names {sorted(unused)[:50]}, but no tensor belongs to them", field="target_modules"
+            )
 
     def with_layout(self, layout: str) -> Self:
         """The same adapter in another layout."""
@@ -194,10 +245,28 @@ class AdapterConfig:
 
     def to_peft_config(self) -> dict[str, object]:
         """The content of ``adapter_config.json`` as PEFT reads it."""
-        return self._peft(self.rank, self.alpha, self.use_rslora) | {
+        values = self._peft(self.rank, self.alpha, self.use_rslora) | {
             "rank_pattern": dict(self.rank_pattern),
             "alpha_pattern": dict(self.alpha_pattern),
         }
+        if self.layout == LAYOUT_PARAMETERS:
+            values |= self._peft_targets()
+        return values
+
+    def _peft_targets(self) -> dict[str, object]:
+        # On models with routed experts PEFT 0.21 moves every target module called gate_proj, up_proj or down_proj to
+        # the experts. A dense module of that name is kept by naming its weight as a parameter; its tensors are the
+        # same.
+        modules, parameters = [], []
+        for target in self.target_modules:
+            block, _, leaf = target.rpartition(".")
+            if block == "experts" or block.endswith(".experts"):
+                parameters.append(target)
+            elif leaf in _TAKEN_FOR_EXPERTS:
+                parameters.append(f"{target}.weight")
+            else:
+                modules.append(target)
+        return {"target_modules": modules, "target_parameters": parameters}
 
     def to_serving_config(self) -> dict[str, object]:
         """The content of ``adapter_config.json`` for an engine that knows ``lora_alpha / r`` and nothing else.
@@ -241,9 +310,4 @@ def _is_alpha(value: object) -> bool:
 def _longest_match(pattern: Mapping[str, _T], module: str, default: _T) -> _T:
     if not pattern:
         return default
-    parts = module.split(".")
-    for start in range(len(parts)):
-        key = ".".join(parts[start:])
-        if key in pattern:
-            return pattern[key]
-    return default
+    return next((pattern[key] for key in ends(module) if key in pattern), default)

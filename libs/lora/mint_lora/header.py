@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,6 +31,10 @@ MAX_TENSORS = 250_000
 
 _MAX_DIMS = 8
 _MAX_NAME_CHARS = 512
+_MARKS = (b"{", b"[", b",")
+_MAX_STRAY_MARKS = 1000
+# Possessive, so that nothing is remembered for going back.
+_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 _METADATA = "__metadata__"
 _FOREIGN = (
     (b"PK\x03\x04", "a zip archive, as torch.save writes it with pickled objects inside"),
@@ -104,7 +109,9 @@ def _read(file: BinaryIO, name: str, max_header_bytes: int, max_tensors: int) ->
     if header_bytes > max_header_bytes:
         _refuse(name, f"its header has {header_bytes} bytes, allowed are {max_header_bytes}")
     file.seek(8)
-    document = _parse(name, file.read(header_bytes))
+    text = file.read(header_bytes)
+    _check_growth(name, text, max_tensors)
+    document = _parse(name, text)
     metadata = _metadata(name, document.pop(_METADATA, {}))
     if len(document) > max_tensors:
         _refuse(name, f"it has {len(document)} tensors, allowed are {max_tensors}")
@@ -137,6 +144,29 @@ def _refuse_by_kind(name: str, start: bytes, defect: str) -> NoReturn:
         if start.startswith(magic):
             _refuse(name, f"it is {kind}; MinT takes safetensors only")
     _refuse(name, defect)
+
+
+def _check_growth(name: str, text: bytes, max_tensors: int) -> None:
+    """Refuse a header that would grow in memory out of proportion, before it is parsed.
+
+    An entry of a tensor is three brackets and a handful of commas in sixty bytes or more. What has more of them is no
+    list of tensors, and would make an object of fifty bytes or more out of each two or three of the file's.
+    """
+    num_tensors = text.count(b"data_offsets")
+    if num_tensors > max_tensors + 1:
+        _refuse(name, f"it has {num_tensors} tensors, allowed are {max_tensors}")
+    max_marks = (6 + _MAX_DIMS) * num_tensors + _MAX_STRAY_MARKS
+    if sum(map(text.count, _MARKS)) <= max_marks:
+        return
+    # Only here are those in strings, which harm nobody, told from the others.
+    num_marks = at = 0
+    for string in _STRING.finditer(text):
+        gap, at = text[at : string.start()], string.end()
+        num_marks += sum(map(gap.count, _MARKS))
+        if num_marks > max_marks:
+            break
+    if num_marks + sum(map(text[at:].count, _MARKS)) > max_marks:
+        _refuse(name, f"its header has more than {max_marks} brackets and commas for {num_tensors} tensors")
 
 
 def _parse(name: str, text: bytes) -> dict[str, Any]:

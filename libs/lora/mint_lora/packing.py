@@ -11,9 +11,10 @@ import numpy as np
 
 from mint_core.errors import InvalidArgument, ResourceExhausted
 from mint_lora.config import LAYOUT_PACKED, AdapterConfig
-from mint_lora.dtypes import DTYPES, from_float32, to_float32
+from mint_lora.dtypes import DTYPES, SAFETENSORS_NAMES, from_float32, to_float32
 from mint_lora.header import TensorInfo, read_header
 from mint_lora.layouts import LoraName, PackedTensor, layout_named
+from mint_lora.stacks import expanded, whole, widened
 from mint_lora.tensors import Array, TensorFile, TensorSource, write_safetensors
 from mint_lora.validation import check_modules
 
@@ -36,14 +37,21 @@ class PackedAdapter:
 
 
 def pack(
-    source: Path, target: Path, config: AdapterConfig | None = None, *, max_size_bytes: int | None = None
+    source: Path,
+    target: Path,
+    config: AdapterConfig | None = None,
+    *,
+    max_size_bytes: int | None = None,
+    expand_shared: bool = False,
 ) -> PackedAdapter:
     """Write the adapter in ``source`` to ``target`` in serving layout.
 
-    ``config`` is for a file without ``mint.adapter`` metadata (an imported one). Routed experts are stacked. Engines
-    know one rank and one scaling per adapter, so modules of lower rank get zero rows in A and zero columns in B, and
-    where a module's scaling differs from ``config.scaling`` the ratio goes into its B, computed in float32 (exact for
-    powers of two, else one rounding of the adapter's type). Tensors are streamed.
+    ``config`` is for a file without ``mint.adapter`` metadata (an imported one). Routed experts are stacked; a matrix
+    that all experts share is kept once unless ``expand_shared``. Engines know one rank and one scaling per adapter, so
+    modules of lower rank get zero rows in A and zero columns in B, and where a module's scaling differs from
+    ``config.scaling`` the ratio goes into its B, computed in float32 (exact for powers of two, else one rounding of the
+    adapter's type). Tensors of a narrower type than ``config.dtype`` are widened to it without loss. Tensors are
+    streamed.
 
     Raises :class:`InvalidArgument` naming the tensor or field that is wrong, also for infinities and NaN, and
     :class:`ResourceExhausted` before anything is written if the tensors would have more than ``max_size_bytes``.
@@ -51,11 +59,16 @@ def pack(
     with TensorFile(source) as file:
         if config is None:
             config = AdapterConfig.from_metadata(file.header.metadata, file_name=source.name)
-        packed = layout_named(config.layout).to_packed(file)
-        check_modules(packed, config)
+        pivot = layout_named(config.layout).to_packed(file, config)
+        modules = check_modules(pivot.tensors, pivot.config)
         file.check_finite()
-        target_config = _uniform(config).with_layout(LAYOUT_PACKED)
-        tensors = {str(name): _fitted(name, each, config, target_config) for name, each in packed.items()}
+        num_experts = max((each.num_experts or 0 for each in modules), default=0)
+        target_config = _uniform(pivot.config).with_layout(LAYOUT_PACKED)
+        tensors: dict[str, TensorSource] = {}
+        for name, each in pivot.tensors.items():
+            fitted = _fitted(name, each, pivot.config, target_config)
+            is_stack = expand_shared and len(fitted.shape) == 3
+            tensors[str(name)] = expanded(fitted, num_experts) if is_stack else fitted
         size_bytes = sum(each.size_bytes for each in tensors.values())
         if max_size_bytes is not None and size_bytes > max_size_bytes:
             raise ResourceExhausted(
@@ -67,18 +80,23 @@ def pack(
     return PackedAdapter(target, written.digest, written.size_bytes, written.num_tensors, target_config, manifest)
 
 
-def unpack(source: Path, target: Path, layout: str) -> AdapterConfig:
-    """Write the packed adapter in ``source`` to ``target`` in another layout; returns its configuration."""
+def unpack(source: Path, target: Path, layout: str, *, architecture: str = "") -> AdapterConfig:
+    """Write the packed adapter in ``source`` to ``target`` in another layout; returns its configuration.
+
+    ``architecture`` of the base (``MixtralForCausalLM``) is for the per-expert layout of families whose checkpoints
+    have names of their own.
+    """
     with TensorFile(source) as file:
         config = AdapterConfig.from_metadata(file.header.metadata, file_name=source.name)
         if config.layout != LAYOUT_PACKED:
             raise InvalidArgument(
                 f"{source.name} has layout {config.layout!r}, expected {LAYOUT_PACKED!r}", field="layout"
             )
-        check_modules(layout_named(LAYOUT_PACKED).to_packed(file), config)
-        tensors = {str(name): each for name, each in layout_named(layout).from_packed(file).items()}
-        config = config.with_layout(layout)
-        write_safetensors(target, tensors, config.to_metadata())
+        pivot = layout_named(LAYOUT_PACKED).to_packed(file, config)
+        check_modules(pivot.tensors, pivot.config)
+        unpacked = layout_named(layout).from_packed(file, config, architecture)
+        config = unpacked.config.with_layout(layout)
+        write_safetensors(target, unpacked.tensors, config.to_metadata())
     return config
 
 
@@ -92,7 +110,7 @@ def _uniform(config: AdapterConfig) -> AdapterConfig:
 
 def _fitted(name: LoraName, tensor: PackedTensor, old: AdapterConfig, new: AdapterConfig) -> TensorSource:
     """The tensor with the rank and scaling of ``new``."""
-    source = tensor.source
+    source = widened(tensor.source, SAFETENSORS_NAMES[old.dtype])
     scalings = {old.scaling_of(module) for module in tensor.modules}
     if len(scalings) > 1:
         raise InvalidArgument(
@@ -106,7 +124,7 @@ def _fitted(name: LoraName, tensor: PackedTensor, old: AdapterConfig, new: Adapt
     shape = tuple(new.rank if each == axis else size for each, size in enumerate(source.shape))
 
     def read() -> Iterator[Array]:
-        flat = np.concatenate([each.reshape(-1) for each in source.read()]).reshape(source.shape)
+        flat = whole(source)
         fitted = np.zeros(shape, dtype=DTYPES[source.dtype].view)
         kept = tuple(slice(0, size) for size in source.shape)
         if factor == 1.0:

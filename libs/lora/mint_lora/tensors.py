@@ -15,7 +15,7 @@ from typing import Self, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from mint_core.errors import InvalidArgument
+from mint_core.errors import InvalidArgument, ResourceExhausted
 from mint_core.files import atomic_file
 from mint_lora.dtypes import DTYPES, dtype_of_array, has_non_finite
 from mint_lora.header import Header, TensorInfo, read_header
@@ -61,11 +61,18 @@ class TensorFile:
     """
 
     def __init__(self, path: Path) -> None:
-        """Raises :class:`InvalidArgument` as :func:`mint_lora.header.read_header`."""
+        """Raises :class:`InvalidArgument` as :func:`mint_lora.header.read_header`, and :class:`ResourceExhausted` for a
+        file that is larger than what can be mapped."""
         self.path = path
         self.header: Header = read_header(path)
         with path.open("rb") as file:
-            self._bytes = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=np.uint8)
+            try:
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            except (OSError, OverflowError) as error:
+                raise ResourceExhausted(
+                    f"{path.name} with {self.header.size_bytes} bytes cannot be mapped into memory: {error}"
+                ) from error
+        self._bytes = np.frombuffer(mapped, dtype=np.uint8)
 
     def __enter__(self) -> Self:
         return self

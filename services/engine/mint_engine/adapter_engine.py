@@ -58,6 +58,8 @@ class EngineLimits:
     max_prompt_tokens: int
     vocab_size: int
     returns_routed_experts: bool = False
+    spreads_shared_experts: bool = False
+    """Takes adapters that store a matrix of all experts once."""
 
 
 @dataclass(frozen=True, slots=True)

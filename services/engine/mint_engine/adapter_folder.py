@@ -39,6 +39,8 @@ class AdapterRules:
     geometry: BaseGeometry
     max_lora_rank: int
     target_modules: frozenset[str]
+    spreads_shared_experts: bool = False
+    """Whether a matrix that all experts share may be stored once: then the engine copies it to each of them."""
     verify_digest: bool = True
     """Hash the weights and compare with the digest they are asked for by."""
 
@@ -145,6 +147,10 @@ def _check_module(path: Path, module: ModuleInfo, rules: AdapterRules) -> None:
         raise _wrong(
             path,
             f"{module.name} has (num_experts, out_features, in_features) {found}, the base has {expected}",
+        )
+    if (module.is_a_shared or module.is_b_shared) and not rules.spreads_shared_experts:
+        raise _wrong(
+            path, f"the experts of {module.name} share a matrix, which this engine cannot take; give each its own"
         )
 
 

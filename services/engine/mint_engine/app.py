@@ -65,13 +65,22 @@ async def build(settings: EngineSettings) -> AsyncIterator[Services]:
                     geometry=await asyncio.to_thread(BaseGeometry.from_folder, settings.base_model_path),
                     max_lora_rank=engine.limits.max_lora_rank,
                     target_modules=engine.limits.target_modules,
+                    spreads_shared_experts=engine.limits.spreads_shared_experts,
                     verify_digest=settings.verify_adapters,
                 ),
             ),
             call_timeout_s=settings.sglang.call_timeout_s,
         )
         stack.push_async_callback(host.close)
-        replica = Replica(host, name, address, base_model, base.digest, settings.loader_address)
+        replica = Replica(
+            host,
+            name,
+            address,
+            base_model,
+            base.digest,
+            settings.loader_address,
+            max_running_requests=settings.sglang.max_running_requests,
+        )
         _log.info(
             "engine started",
             extra={"fields": {"base_digest": base.digest, "seconds": round(clock.monotonic_s() - started_s, 1)}},
@@ -82,7 +91,7 @@ async def build(settings: EngineSettings) -> AsyncIterator[Services]:
             stack.push_async_callback(_stop, asyncio.create_task(registration.run(), name="registration"))
         servicer = EngineServicer(host, replica, max_generate_s=settings.max_generate_s)
         add = engine_service_pb2_grpc.add_EngineServiceServicer_to_server
-        yield Services(runtime=[Binding(add, servicer, _SERVICE.full_name)], on_drain=host.begin_drain)
+        yield Services(runtime=[Binding(add, servicer, _SERVICE.full_name)], on_drain=host.begin_stop)
 
 
 def _advertised(settings: EngineSettings) -> str:

@@ -1,7 +1,7 @@
 """Shapes of a base model's linear modules, read from the headers of its weight files.
 
-The headers know every architecture alike: no table of model families, and nothing that could disagree with the weights
-the engine loads. Only headers are read; no tensor is.
+The headers know every architecture alike, and nothing can disagree with the weights the engine loads; modules that a
+family calls by names of its own get those of the packed layout. Only headers are read; no tensor is.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mint_core.errors import FailedPrecondition, InvalidArgument
+from mint_lora.families import canonical_module
 from mint_lora.header import read_header
 
 __all__ = ["BaseGeometry", "ExpertShape"]
 
 _MAX_HEADER_BYTES = 128 << 20
-_EXPERT_WEIGHT = re.compile(r"(?P<block>.+\.experts)\.(?P<expert>\d+)\.(?P<leaf>\w+)\.weight")
+_EXPERT_WEIGHT = re.compile(r"(?P<block>.+\.experts)\.(?P<expert>\d+)\.(?P<leaf>\w+)")
 _FUSED_EXPERTS = re.compile(r"(?P<block>.+\.experts)\.(?P<leaf>gate_up_proj|down_proj)")
 
 
@@ -62,9 +63,10 @@ class BaseGeometry:
         """Sort tensor shapes by name into dense modules and routed experts, per expert or fused."""
         linears: dict[str, tuple[int, int]] = {}
         experts: dict[str, dict[str, ExpertShape]] = {}
-        for name, shape in shapes.items():
+        for tensor, shape in shapes.items():
+            name = canonical_module(tensor.removesuffix(".weight"))
             if match := _EXPERT_WEIGHT.fullmatch(name):
-                if len(shape) == 2:
+                if len(shape) == 2 and tensor.endswith(".weight"):
                     block = experts.setdefault(match["block"], {})
                     known = block.get(match["leaf"])
                     num_experts = max(known.num_experts if known else 0, int(match["expert"]) + 1)
@@ -76,6 +78,6 @@ class BaseGeometry:
                 else:
                     half = ExpertShape(shape[0], shape[1] // 2, shape[2])
                     block["gate_proj"] = block["up_proj"] = half
-            elif name.endswith(".weight") and len(shape) == 2:
-                linears[name.removesuffix(".weight")] = (shape[0], shape[1])
+            elif tensor.endswith(".weight") and len(shape) == 2:
+                linears[name] = (shape[0], shape[1])
         return cls(linears, experts)

@@ -119,6 +119,7 @@ class EngineHost:
         )
         self._sick = ""
         self._draining = False
+        self._stopping = False
         self._num_running = 0
 
     @property
@@ -129,7 +130,7 @@ class EngineHost:
     def state(self) -> HostState:
         if self._sick or self._engine.failure:
             return HostState.SICK
-        return HostState.DRAINING if self._draining else HostState.READY
+        return HostState.DRAINING if self._draining or self._stopping else HostState.READY
 
     @property
     def num_running(self) -> int:
@@ -143,6 +144,16 @@ class EngineHost:
     def begin_drain(self) -> None:
         """Take nothing new; what runs goes on."""
         self._draining = True
+
+    def end_drain(self) -> None:
+        """Take requests again. :class:`WrongState` once the process is stopping."""
+        if self._stopping:
+            raise WrongState("this engine replica is stopping and takes nothing new; use the process that follows it")
+        self._draining = False
+
+    def begin_stop(self) -> None:
+        """Drain for good: the process is about to end."""
+        self._stopping = True
 
     async def load(self, digest: str, folder: str, *, into_slot: bool = False, pinned: bool = False) -> LoadOutcome:
         """Make the adapter in ``folder`` resident under ``digest``; a no-op when it is.
@@ -161,6 +172,10 @@ class EngineHost:
         self._check_healthy()
         check_digest(digest, field="digest")
         return await self._residency.unload(digest)
+
+    def unpin(self, digest: str) -> None:
+        """Let ``digest`` be evicted again; a no-op if it is not pinned or not resident."""
+        self._residency.unpin(check_digest(digest, field="digest"))
 
     async def generate(self, request: Generation, *, timeout_s: float) -> AsyncGenerator[Started | Delta]:
         """Stream a completion: first :class:`Started`, then deltas, the last of which has ``finish``.
@@ -211,7 +226,7 @@ class EngineHost:
 
     async def close(self) -> None:
         """Stop taking requests, finish changes under way, end the engine."""
-        self.begin_drain()
+        self.begin_stop()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._call_timeout_s):
                 await self._residency.wait_for_changes()
@@ -302,7 +317,7 @@ class EngineHost:
 
     def _check_taking(self) -> None:
         self._check_healthy()
-        if self._draining:
+        if self.state is HostState.DRAINING:
             raise Unavailable("this engine replica is draining and takes nothing new; ask another one")
 
     def _become_sick(self, why: str) -> None:

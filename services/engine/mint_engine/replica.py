@@ -32,6 +32,8 @@ class Replica:
     """baseModels/{base_model}"""
     base_digest: str
     loader_address: str
+    max_running_requests: int = 0
+    """Requests in one of its batches; 0 is not known."""
     to_load: list[loader_pb.AdapterRef] = field(default_factory=list)
     """What the node's loader should load, as the catalog last said; the registration keeps it."""
 
@@ -58,4 +60,5 @@ class Replica:
             context_length=limits.max_total_tokens,
             state=self.state,
             loader_address=self.loader_address,
+            max_running_requests=self.max_running_requests,
         )

@@ -121,6 +121,11 @@ class Residency:
         """Forget ``digest``; ``False`` if it was not resident. :class:`AdapterPinned` while it is in use or pinned."""
         return await asyncio.shield(self._start_change(self._unload(digest)))
 
+    def unpin(self, digest: str) -> None:
+        """Let ``digest`` be evicted again; a no-op if it is not pinned or not resident."""
+        if (resident := self._residents.get(digest)) is not None:
+            resident.pinned = False
+
     async def wait_for_changes(self) -> None:
         """Wait until no load or unload is under way."""
         while self._changes:

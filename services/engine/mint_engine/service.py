@@ -50,7 +50,7 @@ class EngineServicer(pb_grpc.EngineServiceServicer):
         )
         async with contextlib.aclosing(self._host.generate(generation, timeout_s=self._timeout_s())) as items:
             async for item in items:
-                yield _encode(item)
+                yield self._encode(item)
 
     async def Score(self, request: pb.ScoreRequest, context: grpc.aio.ServicerContext) -> pb.ScoreResponse:
         generation = Generation(
@@ -75,6 +75,12 @@ class EngineServicer(pb_grpc.EngineServiceServicer):
     ) -> pb.UnloadAdapterResponse:
         await self._host.unload(request.digest)
         return pb.UnloadAdapterResponse()
+
+    async def UnpinAdapter(
+        self, request: pb.UnpinAdapterRequest, context: grpc.aio.ServicerContext
+    ) -> pb.UnpinAdapterResponse:
+        self._host.unpin(request.digest)
+        return pb.UnpinAdapterResponse()
 
     async def GetResidency(
         self, request: pb.GetResidencyRequest, context: grpc.aio.ServicerContext
@@ -101,9 +107,23 @@ class EngineServicer(pb_grpc.EngineServiceServicer):
         await self._host.flush_prefix_cache()
         return pb.FlushPrefixCacheResponse()
 
+    async def Drain(self, request: pb.DrainRequest, context: grpc.aio.ServicerContext) -> pb.DrainResponse:
+        self._host.begin_drain()
+        return pb.DrainResponse(engine_replica=self._replica.describe(), num_running=self._host.num_running)
+
+    async def Undrain(self, request: pb.UndrainRequest, context: grpc.aio.ServicerContext) -> pb.UndrainResponse:
+        self._host.end_drain()
+        return pb.UndrainResponse(engine_replica=self._replica.describe())
+
     def _timeout_s(self) -> float:
         remaining_s = calls.remaining_s()
         return self._max_generate_s if remaining_s is None else min(remaining_s, self._max_generate_s)
+
+    def _encode(self, item: Started | Delta) -> pb.GenerateResponse:
+        if isinstance(item, Delta):
+            return pb.GenerateResponse(chunk=_encode_chunk(item))
+        started = pb.GenerateStarted(prompt_token_ids=item.prompt_token_ids, num_running=self._host.num_running)
+        return pb.GenerateResponse(started=started)
 
 
 def _decode_tenant(name: str) -> str:
@@ -134,13 +154,11 @@ def _decode_sampling(sampling: inference_pb.SamplingParams) -> Sampling:
     )
 
 
-def _encode(item: Started | Delta) -> pb.GenerateResponse:
-    if isinstance(item, Started):
-        return pb.GenerateResponse(started=pb.GenerateStarted(prompt_token_ids=item.prompt_token_ids))
+def _encode_chunk(item: Delta) -> inference_pb.GeneratedChunk:
     chunk = inference_pb.GeneratedChunk(text=item.text, token_ids=item.token_ids, logprobs=item.logprobs)
     if item.finish is not None:
         chunk.finish_reason = _FINISH_REASONS[item.finish.reason]
         chunk.num_prompt_tokens = item.finish.num_prompt_tokens
         chunk.num_completion_tokens = item.finish.num_completion_tokens
         chunk.routed_experts = item.finish.routed_experts
-    return pb.GenerateResponse(chunk=chunk)
+    return chunk

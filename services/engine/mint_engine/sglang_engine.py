@@ -197,7 +197,9 @@ class SglangEngine:
         from mint_engine.sglang_plugin.launch import launch_engine
 
         arguments = engine_arguments(self._base_folder, self._settings, without_gpu=runs_without_gpu())
-        self._engine = launch_engine(arguments, self_check_timeout_ms=_SELF_CHECK_TIMEOUT_MS)
+        self._engine = launch_engine(
+            arguments, fast_upload=self._settings.fast_upload, self_check_timeout_ms=_SELF_CHECK_TIMEOUT_MS
+        )
 
     def _read_limits(self, manager: Any) -> EngineLimits:
         longest = manager.max_req_input_len + _PROMPT_RESERVE - 1
@@ -212,6 +214,8 @@ class SglangEngine:
             max_prompt_tokens=manager.max_req_input_len - 1,
             vocab_size=manager.model_config.vocab_size,
             returns_routed_experts=settings.return_routed_experts,
+            # SGLang's own upload would give such a matrix to the first expert only.
+            spreads_shared_experts=settings.fast_upload and settings.tensor_parallel == 1 and runs_without_gpu(),
         )
 
     async def _receive(self) -> None:

@@ -36,6 +36,9 @@ class SglangSettings(BaseModel):
     max_loaded_adapters: int = Field(default=64, ge=2)
     """Adapters in host memory; at least ``num_slots``."""
 
+    fast_upload: bool = True
+    """Without a GPU, map packed adapters and copy them into slots in large pieces; off takes SGLang's own way."""
+
     context_length: int = Field(default=0, ge=0)
     """Longest sequence in tokens; 0 takes the model's own."""
 
@@ -111,7 +114,9 @@ def engine_arguments(base_folder: Path, settings: SglangSettings, *, without_gpu
             "attention_backend": "torch_native",
             "lora_backend": "torch_native",
             "disable_overlap_schedule": True,
-            "mem_fraction_static": 0.2,
+            # max_total_tokens bounds the pool. SGLang takes this share of the memory that the whole machine has free,
+            # before and after it loaded the weights, and gives up where another process took some meanwhile.
+            "mem_fraction_static": 0.6,
             # Without it the idle scheduler spins and takes a core from everybody else.
             "sleep_on_idle": True,
         }

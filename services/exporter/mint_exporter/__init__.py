@@ -1,7 +1,13 @@
-"""The exporter: from a training state to a published revision, and bytes in and out for clients without the store.
+"""The exporter: from a training state to a published revision, PEFT adapters in and out, and bytes for clients
+without the store.
 
 ====================  ========================================================================
-``export``              the way of one export, step by step, each safe to repeat
+``export``              training states in: fetch, then publish
+``imports``             PEFT adapters in: uploaded weights and archives, objects in the store
+``archives``            what is taken out of an archive, and what makes it refused
+``tar_stream``          a tar reader that believes nothing
+``publishing``          pack, sign, keep, publish: every step safe to repeat
+``reading``             revisions out: PEFT folders, differences
 ``keeping``             stage, upload, read back, mark verified
 ``uploads``             resumable uploads and downloads
 ``scratch``             bounded disk space, empty at start

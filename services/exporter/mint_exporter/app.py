@@ -14,8 +14,13 @@ from mint_core import log
 from mint_core.channel import connect
 from mint_core.errors import InvalidArgument, Unavailable
 from mint_core.server import Binding, Services
+from mint_core.signing import Signer
 from mint_exporter.clients import CatalogClient
-from mint_exporter.export import Exporter, Limits
+from mint_exporter.export import Exporter
+from mint_exporter.imports import Importer
+from mint_exporter.model import Limits
+from mint_exporter.publishing import Publisher
+from mint_exporter.reading import Reader
 from mint_exporter.scratch import Scratch
 from mint_exporter.service import BlobServicer, ExporterServicer
 from mint_exporter.settings import ExporterSettings
@@ -40,6 +45,10 @@ async def exporter(settings: ExporterSettings) -> AsyncIterator[Services]:
             "max_adapter_bytes and once max_blob_bytes",
             field="max_scratch_bytes",
         )
+    signer = Signer.from_file(settings.signing_key_file) if settings.signing_key_file else None
+    if signer is not None:
+        fields = {"key_id": signer.key_id, "public_key": signer.public_key}
+        _log.info("what is published is signed", extra={"fields": fields})
     async with contextlib.AsyncExitStack() as stack:
         scratch = await stack.enter_async_context(Scratch(settings.scratch_dir, settings.max_scratch_bytes))
         store = await stack.enter_async_context(S3ObjectStore(settings.object_store))
@@ -50,8 +59,17 @@ async def exporter(settings: ExporterSettings) -> AsyncIterator[Services]:
         public = await stack.enter_async_context(connect(settings.catalog_address))
         runtime = await stack.enter_async_context(connect(settings.catalog_runtime_address))
         catalog = CatalogClient(public, runtime, timeout_s=settings.catalog_timeout_s)
-        limits = Limits(settings.max_adapter_bytes, settings.max_rank, settings.max_concurrent_exports)
-        exporting = ExporterServicer(Exporter(catalog, store, scratch, limits), code_version=_code_version())
+        limits = Limits(
+            settings.max_adapter_bytes, settings.max_rank, settings.max_concurrent_exports, settings.max_blob_bytes
+        )
+        publisher = Publisher(catalog, store, limits, signer)
+        working = asyncio.Semaphore(limits.max_exports)
+        exporting = ExporterServicer(
+            Exporter(catalog, store, scratch, publisher, limits, working),
+            Importer(catalog, store, scratch, publisher, limits, working),
+            Reader(catalog, store, scratch),
+            code_version=_code_version(),
+        )
         uploads = Uploads(
             catalog,
             store,

@@ -8,14 +8,17 @@ from mint_api.runtime.v1 import publish_service_pb2 as publish_pb
 from mint_api.runtime.v1 import publish_service_pb2_grpc as publish_grpc
 from mint_api.runtime.v1 import work_service_pb2 as work_pb
 from mint_api.runtime.v1 import work_service_pb2_grpc as work_grpc
+from mint_api.v1 import base_model_service_pb2 as base_pb
+from mint_api.v1 import base_model_service_pb2_grpc as base_grpc
 from mint_api.v1 import common_pb2 as common_pb
 from mint_api.v1 import policy_service_pb2 as policy_pb
 from mint_api.v1 import policy_service_pb2_grpc as policy_grpc
 from mint_api.v1 import revision_service_pb2 as revision_pb
+from mint_api.v1 import revision_service_pb2_grpc as revision_grpc
 from mint_core.channel import call
 from mint_core.errors import NotFound
-from mint_core.names import BaseModelName, BlobName, PolicyName, TenantName
-from mint_exporter.model import BlobRecord, Fence, PolicyBase, Publication, Published
+from mint_core.names import BaseModelName, BlobName, PolicyName, RevisionName, TenantName
+from mint_exporter.model import BlobRecord, Fence, PolicyBase, Publication, Published, RevisionBlob
 
 __all__ = ["CatalogClient"]
 
@@ -25,6 +28,8 @@ class CatalogClient:
 
     def __init__(self, public: grpc.aio.Channel, runtime: grpc.aio.Channel, *, timeout_s: float = 15.0) -> None:
         self._policies = policy_grpc.PolicyServiceStub(public)
+        self._base_models = base_grpc.BaseModelServiceStub(public)
+        self._revisions = revision_grpc.RevisionServiceStub(public)
         self._publish = publish_grpc.PublishServiceStub(runtime)
         self._work = work_grpc.WorkServiceStub(runtime)
         self._timeout_s = timeout_s
@@ -33,6 +38,21 @@ class CatalogClient:
         request = policy_pb.GetPolicyRequest(name=str(policy))
         found: policy_pb.Policy = (await call(self._policies.GetPolicy, request, timeout_s=self._timeout_s)).policy
         return PolicyBase(BaseModelName.parse(found.base_model).base_model, found.base_digest)
+
+    async def architecture(self, base_model: str) -> str:
+        request = base_pb.GetBaseModelRequest(name=str(BaseModelName(base_model)))
+        response: base_pb.GetBaseModelResponse = await call(
+            self._base_models.GetBaseModel, request, timeout_s=self._timeout_s
+        )
+        return response.base_model.architecture
+
+    async def revision_blob(self, name: RevisionName) -> RevisionBlob:
+        request = revision_pb.GetRevisionRequest(name=str(name))
+        response: revision_pb.GetRevisionResponse = await call(
+            self._revisions.GetRevision, request, timeout_s=self._timeout_s
+        )
+        found = response.revision
+        return RevisionBlob(name, found.blob.digest, found.blob.size_bytes, found.object_key)
 
     async def holds(self, policy: PolicyName, fence: Fence) -> bool:
         request = work_pb.ListLeasesRequest(parent=str(TenantName(policy.tenant)))
@@ -81,7 +101,7 @@ def _record(record: publish_pb.BlobRecord) -> BlobRecord:
 
 
 def _revision(publication: Publication) -> revision_pb.Revision:
-    config, lineage = publication.config, publication.lineage
+    config, lineage, signature = publication.config, publication.lineage, publication.signature
     return revision_pb.Revision(
         blob=common_pb.BlobRef(digest=publication.blob.digest, size_bytes=publication.size_bytes),
         base_digest=config.base_digest,
@@ -99,5 +119,11 @@ def _revision(publication: Publication) -> revision_pb.Revision:
             step=lineage.step,
             data_digest=lineage.data_digest,
             code_version=lineage.code_version,
+            recipe=lineage.recipe,
+        ),
+        signature=(
+            common_pb.AdapterSignature(key_id=signature.key_id, value=signature.value)
+            if signature is not None
+            else None
         ),
     )

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from mint_core.errors import InvalidArgument
-from mint_core.names import BlobName, PolicyName, RunName, check_digest
+from mint_core.names import BlobName, PolicyName, RevisionName, RunName, check_digest
+from mint_core.signing import Signature
 from mint_lora import AdapterConfig
 
 __all__ = [
@@ -14,10 +15,13 @@ __all__ = [
     "Catalog",
     "Exported",
     "Fence",
+    "ImportSource",
+    "Limits",
     "Lineage",
     "PolicyBase",
     "Publication",
     "Published",
+    "RevisionBlob",
     "SavedWeights",
     "Timings",
 ]
@@ -65,6 +69,8 @@ class Lineage:
     parent_revision: str = ""
     data_digest: str = ""
     code_version: str = ""
+    recipe: str = ""
+    """Name of the recipe the run followed."""
 
     def check(self, tenant: str) -> None:
         """Raise :class:`InvalidArgument` unless the run, if any, belongs to ``tenant``."""
@@ -77,6 +83,55 @@ class Lineage:
             raise InvalidArgument(
                 f"training_state.step is {self.step}: must not be negative", field="training_state.step"
             )
+
+
+@dataclass(frozen=True, slots=True)
+class ImportSource:
+    """Where an adapter comes from: exactly one of weights, archive and object."""
+
+    weights_digest: str = ""
+    """Of an uploaded ``adapter_model.safetensors``."""
+    adapter_config_json: str = ""
+    """Text of ``adapter_config.json``; with an object, empty means the one beside it."""
+    archive_digest: str = ""
+    """Of an uploaded archive of a PEFT folder."""
+    object_key: str = ""
+    """Of weights or an archive in the object store, below ``tenants/{tenant}/imports/``."""
+    object_digest: str = ""
+    """Of that object; empty where the store has it recorded."""
+
+    def check(self) -> None:
+        """Raise :class:`InvalidArgument` unless exactly one source is named, with the configuration it needs."""
+        given = [
+            field
+            for field, value in (
+                ("weights", self.weights_digest),
+                ("archive", self.archive_digest),
+                ("object", self.object_key),
+            )
+            if value
+        ]
+        if len(given) != 1:
+            raise InvalidArgument(
+                f"{' and '.join(given) or 'nothing'} is given: name one of weights, archive and object", field="weights"
+            )
+        if self.archive_digest and self.adapter_config_json:
+            raise InvalidArgument(
+                "adapter_config_json is given beside an archive, which has its own: leave it out",
+                field="adapter_config_json",
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds of one exporter."""
+
+    max_adapter_bytes: int
+    max_rank: int
+    max_exports: int
+    """Exports worked on at one time."""
+    max_archive_bytes: int = 8 << 30
+    """Largest archive that is opened."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +154,16 @@ class PolicyBase:
 
 
 @dataclass(frozen=True, slots=True)
+class RevisionBlob:
+    """Where the bytes of a published revision are."""
+
+    name: RevisionName
+    digest: str
+    size_bytes: int
+    object_key: str
+
+
+@dataclass(frozen=True, slots=True)
 class Publication:
     """A revision to be."""
 
@@ -108,6 +173,7 @@ class Publication:
     config: AdapterConfig
     """As in the packed blob."""
     lineage: Lineage
+    signature: Signature | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +208,14 @@ class Catalog(Protocol):
 
     async def policy_base(self, policy: PolicyName) -> PolicyBase:
         """The base of a policy. Raises ``NotFound``."""
+        ...
+
+    async def architecture(self, base_model: str) -> str:
+        """The class of a base in transformers, by its id; empty where the catalog was not told. Raises ``NotFound``."""
+        ...
+
+    async def revision_blob(self, name: RevisionName) -> RevisionBlob:
+        """The blob of a revision. Raises ``NotFound``."""
         ...
 
     async def holds(self, policy: PolicyName, fence: Fence) -> bool:

@@ -34,9 +34,11 @@ class ExporterSettings(ServiceSettings):
     max_adapter_bytes: int = Field(default=4 * _GIB, gt=0)
     """Largest weights object."""
     max_blob_bytes: int = Field(default=8 * _GIB, gt=0)
-    """Largest upload."""
+    """Largest upload, and largest archive that is imported."""
     max_rank: int = Field(default=512, ge=1, le=512)
     """Largest rank that is published."""
+    signing_key_file: Path | None = None
+    """Private ed25519 key in PEM (``openssl genpkey -algorithm ed25519``); what is published here is signed with it."""
     max_concurrent_exports: int = Field(default=2, ge=1, le=64)
     """Exports worked on at one time; more wait."""
     upload_idle_timeout_s: float = Field(default=3600.0, gt=0)

@@ -28,12 +28,14 @@ from mint_core.channel import call, connect, stream
 from mint_core.errors import Unavailable
 from mint_core.names import AliasName, BaseModelName, RevisionName
 from mint_inference.model import (
+    AdapterSignature,
     AliasWord,
     Call,
     Chunk,
     Consistency,
     Replica,
     ReplicaState,
+    Residency,
     Resolution,
     Scored,
     Split,
@@ -53,9 +55,10 @@ _STATES = {
 class Channels:
     """Open channels by address; the least recently used idle ones are closed beyond ``max_idle``."""
 
-    def __init__(self, *, max_message_bytes: int, max_idle: int = 64) -> None:
+    def __init__(self, *, max_message_bytes: int, max_idle: int = 64, retry: bool = True) -> None:
         self._max_message_bytes = max_message_bytes
         self._max_idle = max_idle
+        self._retry = retry
         self._channels: OrderedDict[str, grpc.aio.Channel] = OrderedDict()
         self._num_users: dict[str, int] = {}
 
@@ -64,7 +67,7 @@ class Channels:
         """The channel to ``address``, kept open inside the block."""
         channel = self._channels.get(address)
         if channel is None:
-            channel = connect(address, max_message_bytes=self._max_message_bytes)
+            channel = connect(address, max_message_bytes=self._max_message_bytes, retry=self._retry)
             self._channels[address] = channel
         self._channels.move_to_end(address)
         self._num_users[address] = self._num_users.get(address, 0) + 1
@@ -145,7 +148,7 @@ class EngineClients:
             async with contextlib.aclosing(cast("AsyncGenerator[engine_pb.GenerateResponse, None]", responses)) as each:
                 async for response in each:
                     if response.WhichOneof("content") == "started":
-                        yield Started(response.started.prompt_token_ids)
+                        yield Started(response.started.prompt_token_ids, response.started.num_running)
                     else:
                         yield response.chunk
 
@@ -157,6 +160,14 @@ class EngineClients:
             method = engine_grpc.EngineServiceStub(channel).Score
             response: engine_pb.ScoreResponse = await call(method, request, timeout_s=self._timeout_s)
         return Scored(response.token_ids, response.logprobs)
+
+    async def residency(self, replica: Replica, *, timeout_s: float) -> Residency:
+        with self._channels.using(replica.address) as channel:
+            method = engine_grpc.EngineServiceStub(channel).GetResidency
+            response: engine_pb.GetResidencyResponse = await call(
+                method, engine_pb.GetResidencyRequest(), timeout_s=timeout_s
+            )
+        return Residency(frozenset(adapter.digest for adapter in response.adapters), response.num_running)
 
 
 class LoaderClients:
@@ -173,14 +184,19 @@ class LoaderClients:
                 f"{replica.name} lacks adapter {resolution.digest} and has no loader beside it; start one and name "
                 "it in the engine's loader_address"
             )
+        signature = resolution.signature
         request = loader_pb.EnsureLoadedRequest(
             adapter=loader_pb.AdapterRef(
                 tenant=tenant,
                 blob=common_pb2.BlobRef(digest=resolution.digest, size_bytes=resolution.size_bytes),
                 object_key=resolution.object_key,
                 base_digest=resolution.base_digest,
+                signature=(
+                    common_pb2.AdapterSignature(key_id=signature.key_id, value=signature.value) if signature else None
+                ),
             ),
             priority=self._priority,
+            revision=resolution.revision,
         )
         with self._channels.using(replica.loader_address) as channel:
             await call(loader_grpc.LoaderServiceStub(channel).EnsureLoaded, request, timeout_s=self._timeout_s)
@@ -225,6 +241,11 @@ def _decode_resolution(resolution: alias_pb.Resolution, catalog_revision: int) -
         stale=resolution.stale,
         catalog_revision=catalog_revision,
         split=_decode_split(resolution.split) if resolution.HasField("split") else None,
+        signature=(
+            AdapterSignature(resolution.signature.key_id, resolution.signature.value)
+            if resolution.HasField("signature")
+            else None
+        ),
     )
 
 
@@ -263,4 +284,6 @@ def _decode_replica(replica: replica_pb.EngineReplica) -> Replica:
         state=_STATES.get(cast("Any", replica.state), ReplicaState.SICK),
         numerics=replica.numerics,
         registered_at_s=replica.register_time.ToNanoseconds() / 1e9,
+        max_running_requests=replica.max_running_requests,
+        num_slots=replica.num_slots,
     )

@@ -107,4 +107,7 @@ def _encode_resolution(resolution: Resolution) -> alias_pb.Resolution:
     if resolution.digest:
         encoded.blob.digest = resolution.digest
         encoded.blob.size_bytes = resolution.size_bytes
+    if resolution.signature is not None:
+        encoded.signature.key_id = resolution.signature.key_id
+        encoded.signature.value = resolution.signature.value
     return encoded

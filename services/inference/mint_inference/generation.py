@@ -25,6 +25,7 @@ from mint_core.errors import (
     Unavailable,
 )
 from mint_core.names import BaseModelName
+from mint_inference.copies import Copies
 from mint_inference.model import (
     Call,
     Catalog,
@@ -38,6 +39,7 @@ from mint_inference.model import (
     Scored,
     Started,
 )
+from mint_inference.patience import Patience
 from mint_inference.resolver import Resolver
 from mint_inference.router import Router
 from mint_inference.usage import UsageMeter
@@ -45,6 +47,9 @@ from mint_inference.usage import UsageMeter
 __all__ = ["Generation", "GenerationLimits"]
 
 RESOLVED = failpoints.declare("inference.resolved", "a request's name is resolved, no engine was asked yet")
+_SUSPECT_START_S = 1.0
+"""How much longer a start is waited for at a replica that does not answer others."""
+
 STARTED = failpoints.declare("inference.started", "the engine started a stream, its header was not sent yet")
 
 _log = log.get_logger(__name__)
@@ -61,6 +66,10 @@ class GenerationLimits:
     """How often one request has its adapter loaded; between load and use another may push it out again."""
     silence_s: float = 60.0
     """Longest silence of an engine inside a stream."""
+    gone_silence_s: float = 5.0
+    """The same of an engine whose registration has ended."""
+    start_s: float = 10.0
+    """Longest wait for an engine to accept a stream if another one can be asked instead."""
     place_wait_s: float = 10.0
     """How long a request waits for a place in an engine whose adapters are all in use."""
 
@@ -91,6 +100,7 @@ class Generation:
         loaders: Loaders,
         limits: GenerationLimits,
         meter: UsageMeter | None = None,
+        copies: Copies | None = None,
     ) -> None:
         self._catalog = catalog
         self._resolver = resolver
@@ -99,6 +109,7 @@ class Generation:
         self._loaders = loaders
         self._limits = limits
         self._meter = meter or UsageMeter()
+        self._copies = copies
         self._num_streams = 0
 
     @property
@@ -149,13 +160,23 @@ class Generation:
     async def _start(self, stack: AsyncExitStack, replica: Replica, call: Call, digest: str) -> _Stream:
         chunks = self._engines.generate(replica, call, digest)
         await stack.enter_async_context(contextlib.aclosing(chunks))
-        try:
-            async with asyncio.timeout(self._limits.silence_s):
-                first = await anext(chunks, None)
-        except TimeoutError:
-            raise Unavailable(
-                f"{replica.name} did not start within {self._limits.silence_s:.0f} s; nothing was generated, retry"
-            ) from None
+        # It accepts a stream before it computes anything; alone it gets all the time there is.
+        limits = self._limits
+        patience = Patience(limits.silence_s)
+        if self._router.has_other(replica):
+            patience.shorten(limits.start_s)
+
+        def shorten() -> None:
+            patience.shorten(_SUSPECT_START_S if self._router.has_other(replica) else limits.silence_s)
+
+        with self._router.watching(replica, on_gone=shorten, on_suspect=shorten):
+            try:
+                async with patience.waiting():
+                    first = await anext(chunks, None)
+            except TimeoutError:
+                raise Unavailable(
+                    f"{replica.name} did not start within {patience.limit_s:.3g} s; nothing was generated, retry"
+                ) from None
         if not isinstance(first, Started):
             raise Unavailable(f"{replica.name} ended the stream before it began; nothing was generated, retry")
         return _Stream(first, chunks)
@@ -183,13 +204,13 @@ class Generation:
                 # The reason why the last replica could not is worth more than that there is no other.
                 await self._wait_for_place(failure, give_up)
                 excluded.clear()
+                failure = None
                 continue
             try:
                 async with AsyncExitStack() as attempt:
-                    attempt.enter_context(self._router.using(replica))
-                    answer = await ask(attempt, replica, call, resolution.digest)
-                    if resolution.digest:
-                        self._router.note_resident(replica, resolution.digest)
+                    attempt.enter_context(self._router.using(replica, resolution.digest))
+                    answer = await _asked(ask(attempt, replica, call, resolution.digest), replica)
+                    self._note_answered(replica, call, resolution, answer)
                     stack.push_async_callback(attempt.pop_all().aclose)
                     return _Answered(replica, resolution, num_loads > 0, answer)
             except AdapterNotResident:
@@ -201,14 +222,16 @@ class Generation:
                         metadata={"digest": resolution.digest},
                     ) from None
             except (Unavailable, ResourceExhausted) as error:
-                failure = error
+                if isinstance(error, Unavailable):
+                    self._router.note_failed(replica)
+                failure = _weightier(failure, error)
                 excluded.add(replica.name)
                 continue
             try:
                 await self._load(replica, call, resolution)
                 num_loads += 1
             except (Unavailable, ResourceExhausted) as error:
-                failure = error
+                failure = _weightier(failure, error)
                 excluded.add(replica.name)
             except NotFound as gone:
                 # A revision may have been deleted under a cached answer; then the catalog knows better by now.
@@ -219,6 +242,15 @@ class Generation:
                         metadata={"digest": resolution.digest, "object_key": resolution.object_key},
                     ) from None
                 is_rechecked = True
+
+    def _note_answered(self, replica: Replica, call: Call, resolution: Resolution, answer: object) -> None:
+        """The replica holds the adapter and took the request."""
+        num_running = answer.started.num_running if isinstance(answer, _Stream) else None
+        self._router.note_answered(replica, num_running)
+        if resolution.digest:
+            self._router.note_resident(replica, resolution.digest)
+            if self._copies is not None:
+                self._copies.consider(replica, call.tenant, resolution)
 
     async def _wait_for_place(self, failure: MintError, give_up: Deadline) -> None:
         """Pause before all replicas are asked again; raises ``failure`` if that is no use or the time is up."""
@@ -239,9 +271,9 @@ class Generation:
 
     async def _load(self, replica: Replica, call: Call, resolution: Resolution) -> None:
         """Have the replica's loader bring the adapter, and tell its failures in the client's terms."""
-        self._router.note_resident(replica, resolution.digest)  # those who come meanwhile join this load
         try:
-            await self._loaders.ensure(replica, call.tenant, resolution)
+            with self._router.loading(replica, resolution.digest):
+                await self._loaders.ensure(replica, call.tenant, resolution)
         except InvalidArgument as error:
             self._router.note_absent(replica, resolution.digest)
             # The bytes are what was published, so this is no loss of data: they never fitted this base.
@@ -263,38 +295,63 @@ class Generation:
 
     async def _relayed(self, answered: _Answered[_Stream]) -> AsyncGenerator[Chunk, None]:
         replica, chunks = answered.replica, answered.answer.chunks
+        limits = self._limits
+        patience = Patience(limits.silence_s)
         num_tokens = 0
         is_finished = False
-        while True:
-            try:
-                async with asyncio.timeout(self._limits.silence_s):
-                    chunk = await anext(chunks, None)
-            except TimeoutError:
-                if is_finished:
-                    return
-                raise _lost(replica, num_tokens, f"it was silent for {self._limits.silence_s:.0f} s") from None
-            except MintError as error:
-                if is_finished:  # the client has the whole answer
-                    _log.info("engine stream ended badly after its end", extra={"fields": {"error": error.message}})
-                    return
-                if isinstance(error, (Unavailable, Cancelled, AdapterNotResident)) or _is_broken_transport(error):
-                    if answered.resolution.digest:
-                        self._router.note_absent(replica, answered.resolution.digest)
-                    raise _lost(replica, num_tokens, error.message) from error
-                raise
-            if chunk is None:
-                if is_finished:
-                    return
-                raise _lost(replica, num_tokens, "it ended the stream too early")
-            piece = cast("Chunk", chunk)
-            num_tokens += len(piece.token_ids)
-            is_finished = is_finished or piece.finish_reason != 0
-            yield piece
+
+        def lost(why: str) -> Unavailable:
+            self._router.note_failed(replica)
+            if answered.resolution.digest:
+                self._router.note_absent(replica, answered.resolution.digest)
+            return _lost(replica, num_tokens, why)
+
+        with self._router.watching(replica, on_gone=lambda: patience.shorten(limits.gone_silence_s)):
+            while True:
+                try:
+                    async with patience.waiting():
+                        chunk = await anext(chunks, None)
+                except TimeoutError:
+                    if is_finished:
+                        return
+                    raise lost(f"it was silent for {patience.limit_s:.3g} s") from None
+                except MintError as error:
+                    if is_finished:  # the client has the whole answer
+                        _log.info("engine stream ended badly after its end", extra={"fields": {"error": error.message}})
+                        return
+                    if isinstance(error, (Unavailable, AdapterNotResident)) or _is_broken_transport(error):
+                        raise lost(error.message) from error
+                    raise
+                if chunk is None:
+                    if is_finished:
+                        return
+                    raise lost("it ended the stream too early")
+                piece = cast("Chunk", chunk)
+                num_tokens += len(piece.token_ids)
+                is_finished = is_finished or piece.finish_reason != 0
+                yield piece
+
+
+async def _asked(answer: Awaitable[T], replica: Replica) -> T:
+    """A replica that broke off before it answered is one that did not answer: another can be asked."""
+    try:
+        return await answer
+    except MintError as error:
+        if _is_broken_transport(error):
+            raise Unavailable(f"{replica.name} was lost before it answered: {error.message}; retry") from error
+        raise
+
+
+def _weightier(before: MintError | None, now: MintError) -> MintError:
+    """Of two replicas' reasons the one to act on: that one is full is worth waiting for, whoever else is away."""
+    if isinstance(before, ResourceExhausted) and before.retry_after_s is not None:
+        return before
+    return now
 
 
 def _is_broken_transport(error: MintError) -> bool:
-    """A connection cut in mid-stream may end as INTERNAL or UNKNOWN; a bug in the engine carries an error id."""
-    return isinstance(error, Internal) and "error_id" not in error.metadata
+    """A connection that is cut may end as CANCELLED, INTERNAL or UNKNOWN; a bug in the engine carries an error id."""
+    return isinstance(error, Cancelled) or (isinstance(error, Internal) and "error_id" not in error.metadata)
 
 
 def _lost(replica: Replica, num_tokens: int, why: str) -> Unavailable:

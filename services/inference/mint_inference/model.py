@@ -12,6 +12,7 @@ from mint_core.names import AliasName, BaseModelName, RevisionName
 from mint_core.split import sees_canary
 
 __all__ = [
+    "AdapterSignature",
     "AliasWord",
     "Call",
     "Catalog",
@@ -23,6 +24,7 @@ __all__ = [
     "Model",
     "Replica",
     "ReplicaState",
+    "Residency",
     "Resolution",
     "Scored",
     "Split",
@@ -62,6 +64,14 @@ class Consistency:
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterSignature:
+    """Who vouches for an adapter: handed on to the loader, which judges it."""
+
+    key_id: str
+    value: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Resolution:
     """What a name means: enough to generate, and no more. For a base model ``revision`` and ``digest`` are empty."""
 
@@ -77,6 +87,7 @@ class Resolution:
     """The catalog revision the answer was read at."""
     split: Split | None = None
     """Set if it depends on the sticky key, which an alias with a canary looks at; then :meth:`of` tells the answer."""
+    signature: AdapterSignature | None = None
 
     def of(self, sticky_key: str) -> Resolution:
         """The answer for a request with this sticky key; without one never the canary."""
@@ -130,6 +141,20 @@ class Replica:
     """Seconds since the epoch; another value is another life of the engine, which begins empty."""
     numerics: object = field(default=None, compare=False)
     """Its arithmetic, handed to the client as it registered it."""
+    max_running_requests: int = 0
+    """Requests in one of its batches; 0 is not known."""
+    num_slots: int = 0
+    """Adapters, the base among them, that one batch can mix; 0 is not known."""
+
+
+@dataclass(frozen=True, slots=True)
+class Residency:
+    """What a replica says of itself when it is asked."""
+
+    digests: frozenset[str]
+    """Adapters it holds."""
+    num_running: int
+    """Streams it runs, whoever's they are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +189,8 @@ class Started:
     """The engine's first message: it holds the adapter and will generate with it."""
 
     prompt_token_ids: Sequence[int]
+    num_running: int = 0
+    """Streams it runs, this one included."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,6 +241,8 @@ class Engines(Protocol):
         ...
 
     async def score(self, replica: Replica, call: Call, digest: str) -> Scored: ...
+
+    async def residency(self, replica: Replica, *, timeout_s: float) -> Residency: ...
 
 
 class Loaders(Protocol):

@@ -1,20 +1,36 @@
-"""Which engine replica answers: one that holds the adapter, and among equals the one with the fewest streams."""
+"""Which engine replica answers: one that holds the adapter, while it has room; else one of two, the less busy one.
+
+An adapter that nobody holds goes to the less busy of the first two replicas in its own order, which everybody computes
+alike. One whose holder is overloaded goes to a replica that is at most half as busy, and is held by both from then on.
+(Two choices instead of the least busy of all: M. Mitzenmacher, "The power of two choices in randomized load
+balancing", 2001. What is known of others' load is a little old, and everybody would run to the same replica.)
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import random
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator, Sequence, Set
+from dataclasses import dataclass
 from typing import Protocol
 
 from mint_core import calls, clock, log
 from mint_core.errors import BaseModelMismatch, MintError, Unavailable
 from mint_core.names import BaseModelName
-from mint_inference.model import Replica, ReplicaState
+from mint_core.placement import placement_order
+from mint_inference.hints import Hints
+from mint_inference.loads import Loads
+from mint_inference.model import Replica, ReplicaState, Residency
 
 __all__ = ["Registry", "Router"]
+
+_OVERLOADED = 1.0
+"""Pressure from which requests wait inside the engine."""
+_HOT = 0.5
+"""Pressure from which an adapter that makes most of it is copied to another replica."""
+_SPARE = 0.5
+"""What another replica's pressure may be of a busy one's to take over from it: less, and they would swap for ever."""
 
 _log = log.get_logger(__name__)
 
@@ -25,11 +41,18 @@ class Registry(Protocol):
     async def list_replicas(self, *, timeout_s: float) -> list[Replica]: ...
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Watcher:
+    on_gone: Callable[[], None]
+    on_suspect: Callable[[], None]
+
+
 class Router:
     """Knows the living replicas by asking the catalog every ``poll_s``; the last answer serves while the catalog is
     away.
 
-    What it believes to be resident where are hints, learned from answers; an engine that lacks an adapter says so.
+    A replica that did not answer is under suspicion and asked last, until it answers a question or begins anew: its
+    registration outlives it by up to a lease.
     """
 
     def __init__(
@@ -44,15 +67,15 @@ class Router:
         self._registry = registry
         self._poll_s = poll_s
         self._timeout_s = timeout_s
-        self._max_hints = max_hints
         self._now_s = now_s
         self._replicas: dict[str, Replica] = {}
         self._known_bases: set[str] = set()
         self._read_at_s: float | None = None
         self._reading: asyncio.Task[None] | None = None
-        self._hints: OrderedDict[str, set[str]] = OrderedDict()
-        """Digest → names of replicas believed to hold it."""
-        self._num_streams: Counter[str] = Counter()
+        self._hints = Hints(max_hints)
+        self._loads = Loads(now_s)
+        self._suspects: set[str] = set()
+        self._watchers: dict[str, set[_Watcher]] = {}
 
     async def follow(self) -> None:
         """Keep the list of replicas fresh, until cancelled."""
@@ -68,6 +91,11 @@ class Router:
             self._reading.cancel()
             await asyncio.gather(self._reading, return_exceptions=True)
 
+    @property
+    def replicas(self) -> list[Replica]:
+        """Those registered when the catalog was last asked."""
+        return list(self._replicas.values())
+
     async def choose(self, base_digest: str, digest: str, excluded: Set[str] = frozenset()) -> Replica:
         """A ready replica of the base, not among the ``excluded`` names.
 
@@ -82,50 +110,120 @@ class Router:
             candidates = self._candidates(base_digest, excluded)
         if not candidates:
             raise self._nobody(base_digest)
-        holders = self._hints.get(digest, set())
-        return min(
-            candidates, key=lambda each: (each.name not in holders, self._num_streams[each.name], random.random())
-        )
+        return self._pick(candidates, digest)
+
+    def place_for_copy(self, holder: Replica, digest: str) -> Replica | None:
+        """Where a hot adapter should lie as well: set if it keeps its holder busy and another replica has room."""
+        if self._loads.pressure(holder, digest) < _HOT or self._loads.share(holder, digest) < 0.5:
+            return None
+        able = [each for each in self._candidates(holder.base_digest, {holder.name}) if each.loader_address]
+        return self._spare(able, holder, digest)
+
+    def has_other(self, replica: Replica) -> bool:
+        """Whether somebody else could answer instead of the replica."""
+        return bool(self._candidates(replica.base_digest, {replica.name}))
 
     def base_digest_of(self, base_model: BaseModelName) -> str | None:
         """Digest of a base model that a replica holds."""
         name = str(base_model)
         return next((each.base_digest for each in self._replicas.values() if each.base_model == name), None)
 
-    @contextlib.contextmanager
-    def using(self, replica: Replica) -> Iterator[None]:
+    def using(self, replica: Replica, digest: str) -> contextlib.AbstractContextManager[None]:
         """Count a stream at the replica."""
-        self._num_streams[replica.name] += 1
+        return self._loads.using(replica, digest)
+
+    def loading(self, replica: Replica, digest: str) -> contextlib.AbstractContextManager[None]:
+        """The adapter is being loaded there: who comes meanwhile joins."""
+        return self._hints.loading(replica.name, digest, self._now_s())
+
+    @contextlib.contextmanager
+    def watching(
+        self, replica: Replica, *, on_gone: Callable[[], None], on_suspect: Callable[[], None] = lambda: None
+    ) -> Iterator[None]:
+        """Call ``on_gone`` if the replica's registration ends inside the block, ``on_suspect`` if it does not answer
+        others."""
+        watchers = self._watchers.setdefault(replica.name, set())
+        watcher = _Watcher(on_gone, on_suspect)
+        watchers.add(watcher)
         try:
             yield
         finally:
-            self._num_streams[replica.name] -= 1
-            if not self._num_streams[replica.name]:
-                del self._num_streams[replica.name]
+            watchers.discard(watcher)
+            if not watchers and self._watchers.get(replica.name) is watchers:
+                del self._watchers[replica.name]
 
     def note_resident(self, replica: Replica, digest: str) -> None:
-        """The replica holds the adapter, or is about to."""
-        self._hints.setdefault(digest, set()).add(replica.name)
-        self._hints.move_to_end(digest)
-        while len(self._hints) > self._max_hints:
-            self._hints.popitem(last=False)
+        """The replica holds the adapter."""
+        self._hints.note(replica.name, digest, self._now_s())
 
     def note_absent(self, replica: Replica, digest: str) -> None:
         """The replica said that it lacks the adapter."""
-        holders = self._hints.get(digest)
-        if holders is not None:
-            holders.discard(replica.name)
-            if not holders:
-                del self._hints[digest]
+        self._hints.discard(replica.name, digest)
+
+    def note_answered(self, replica: Replica, num_running: int | None = None) -> None:
+        """The replica answers, and perhaps said how many streams it runs."""
+        self._suspects.discard(replica.name)
+        if num_running is not None:
+            self._loads.told(replica, num_running)
+
+    def note_failed(self, replica: Replica) -> None:
+        """The replica did not answer, or broke off."""
+        known = self._replicas.get(replica.name)
+        if known is None or known.registered_at_s != replica.registered_at_s:
+            return  # another life of it
+        self._suspects.add(replica.name)
+        for watcher in list(self._watchers.get(replica.name, ())):
+            watcher.on_suspect()
+
+    def note_residency(self, replica: Replica, residency: Residency, asked_at_s: float) -> None:
+        """What the replica said it holds and runs."""
+        known = self._replicas.get(replica.name)
+        if known is None or known.registered_at_s != replica.registered_at_s:
+            return  # another life of it
+        self.note_answered(replica, residency.num_running)
+        self._hints.replace(replica.name, residency.digests, asked_at_s)
+
+    def is_suspect(self, replica: Replica) -> bool:
+        """Whether it did not answer the last time."""
+        return replica.name in self._suspects
+
+    def _pick(self, candidates: Sequence[Replica], digest: str) -> Replica:
+        if not digest:
+            return self._lighter(random.sample(candidates, min(2, len(candidates))), digest)
+        names = self._hints.holders(digest)
+        holders = [each for each in candidates if each.name in names]
+        if not holders:
+            return self._lighter(_in_order(digest, candidates)[:2], digest)
+        holder = self._lighter(random.sample(holders, min(2, len(holders))), digest)
+        if self._loads.pressure(holder, digest) < _OVERLOADED:
+            return holder
+        others = [each for each in candidates if each.name not in names]
+        return self._spare(others, holder, digest) or holder
+
+    def _spare(self, others: Sequence[Replica], holder: Replica, digest: str) -> Replica | None:
+        """One of ``others`` that has far more room than a busy holder."""
+        names = self._hints.holders(digest)
+        others = [each for each in others if each.name not in names and not self.is_suspect(each)]
+        if not others:
+            return None
+        other = self._lighter(_in_order(digest, others)[:2], digest)
+        limit = _SPARE * self._loads.pressure(holder, digest)
+        return other if self._loads.pressure(other, digest) <= limit else None
+
+    def _lighter(self, replicas: Sequence[Replica], digest: str) -> Replica:
+        """The least busy; among equals the first."""
+        return min(replicas, key=lambda each: self._loads.pressure(each, digest))
 
     def _candidates(self, base_digest: str, excluded: Set[str]) -> list[Replica]:
-        return [
+        """Those that may be asked; of those under suspicion only if there is nobody else."""
+        ready = [
             replica
             for replica in self._replicas.values()
             if replica.base_digest == base_digest
             and replica.state is ReplicaState.READY
             and replica.name not in excluded
         ]
+        return [each for each in ready if not self.is_suspect(each)] or ready
 
     def _nobody(self, base_digest: str) -> MintError:
         same = [each for each in self._replicas.values() if each.base_digest == base_digest]
@@ -162,13 +260,16 @@ class Router:
         for name, before in self._replicas.items():
             now = replicas.get(name)
             if now is None or now.registered_at_s != before.registered_at_s or now.address != before.address:
-                self._forget_hints(name)
+                self._hints.forget(name)
+                self._loads.forget(name)
+                self._suspects.discard(name)
+                for watcher in list(self._watchers.get(name, ())):
+                    watcher.on_gone()
         self._replicas = replicas
         self._known_bases.update(each.base_digest for each in replicas.values())
         self._read_at_s = self._now_s()
 
-    def _forget_hints(self, name: str) -> None:
-        for digest in [digest for digest, holders in self._hints.items() if name in holders]:
-            self._hints[digest].discard(name)
-            if not self._hints[digest]:
-                del self._hints[digest]
+
+def _in_order(digest: str, replicas: Sequence[Replica]) -> list[Replica]:
+    by_name = {each.name: each for each in replicas}
+    return [by_name[name] for name in placement_order(digest, by_name)]

@@ -34,6 +34,14 @@ class InferenceSettings(ServiceSettings):
     """Aliases, and revisions, whose meaning is kept in memory."""
     replica_poll_s: float = Field(default=1.0, gt=0)
     """Pause between two looks at the registry of engine replicas."""
+    residency_poll_s: float = Field(default=2.0, gt=0)
+    """Pause between two questions to each engine replica what it holds and how much it runs."""
+    start_timeout_s: float = Field(default=10.0, gt=0)
+    """Longest wait for an engine to accept a request while another one could be asked instead."""
+    gone_silence_s: float = Field(default=5.0, gt=0)
+    """Longest silence inside a stream of an engine whose registration has ended; shorter than ``silence_s``."""
+    max_copies: int = Field(default=2, ge=0)
+    """Hot adapters that are copied to another replica at one time; 0 copies none."""
     generate_timeout_s: float = Field(default=600.0, gt=0)
     """Longest generation of a caller that brings no deadline."""
     silence_s: float = Field(default=60.0, gt=0)

@@ -6,6 +6,8 @@
                              adapter_config.json
     <folder>/.incoming/…                                   being written
     <folder>/.trash/…                                      being removed
+    <folder>/.quarantine/…                                 found damaged: to be looked at, gone when room is needed
+    <folder>/.uses.json                                    how often each was used, as of a while ago
     <folder>/.lock                                         held by the one loader that owns the folder
 
 An entry is written elsewhere, synced, then renamed to its name: under its name it is whole or absent, also after a
@@ -13,29 +15,26 @@ crash. It is never changed in place and leaves by a rename too, so an engine tha
 it saw. Evicting an adapter that is resident in the engine is allowed: the engine host never reads a folder again
 after the load that named it.
 
-What was found at a start is verified at its first use; what this process wrote was verified when it was written.
+What this process wrote was verified when it was written; what was found at a start, what somebody else has written to
+since, and what was verified long ago is verified at its next use. What leaves first is decided by
+:mod:`mint_loader.eviction`, never among what is in use or kept.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
-import fcntl
-import os
-import re
-import secrets
 import shutil
-from collections import Counter, OrderedDict
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
-from mint_blobs.digests import digest_hex, format_digest
 from mint_core import clock, failpoints, log
-from mint_core.errors import FailedPrecondition, Internal, MintError, ResourceExhausted, Unavailable
-from mint_core.files import fsync_dir
+from mint_core.errors import ResourceExhausted
+from mint_loader.cache_folder import CacheFolder, Fingerprint, Workspace, disk_error
+from mint_loader.eviction import EvictionOrder, EvictionPolicy, Gdsf
 
 __all__ = ["CacheStatus", "DiskCache", "Workspace"]
 
@@ -43,9 +42,8 @@ SEALED = failpoints.declare("loader.sealed", "an adapter is whole on the node's 
 PUBLISHED = failpoints.declare("loader.published", "an adapter stands under its name on the node's disk")
 EVICTING = failpoints.declare("loader.evicting", "an evicted adapter left its name, its bytes are not removed yet")
 
-_HEX = re.compile(r"[0-9a-f]{64}")
-_OVERHEAD_BYTES = 16 * 1024
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+_OVERHEAD_BYTES: Final = 16 * 1024
+_MAX_QUARANTINED: Final = 4
 _log = log.get_logger(__name__)
 T = TypeVar("T")
 
@@ -55,11 +53,19 @@ class CacheStatus:
     """How the cache stands; counts are since the start."""
 
     used_bytes: int
+    """With what is being removed and what is in quarantine."""
     max_bytes: int
     num_entries: int
     num_evictions: int
     num_quarantined: int
     """Entries whose bytes had gone bad on disk."""
+    num_full: int
+    """Fills that met a full disk."""
+    num_kept: int
+    """Of the digests to be kept, those that are here."""
+    kept_bytes: int
+    eviction: str
+    """Name of the policy."""
 
 
 @dataclass(slots=True)
@@ -67,26 +73,11 @@ class _Entry:
     size_bytes: int
     used_at_s: float
     """Seconds since the epoch, so that the order survives a restart (kept as the folder's mtime)."""
-    is_verified: bool
+    verified_as: Fingerprint | None = None
+    """None while it is not verified."""
+    verified_at_s: float = 0.0
+    """Monotonic."""
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-
-
-@dataclass(frozen=True, slots=True)
-class Workspace:
-    """A private place to make one entry in."""
-
-    folder: Path
-    """For anything; removed at the end."""
-
-    @property
-    def blob(self) -> Path:
-        """Where to put the blob."""
-        return self.folder / "blob"
-
-    @property
-    def entry(self) -> Path:
-        """The folder to make: it becomes the entry."""
-        return self.folder / "entry"
 
 
 @dataclass(slots=True)
@@ -104,61 +95,73 @@ class DiskCache:
         max_bytes: int,
         *,
         verify: Callable[[Path, str], bool],
+        eviction: EvictionPolicy | None = None,
         overhead_bytes: int = _OVERHEAD_BYTES,
+        verify_again_s: float = 86400.0,
+        save_uses_s: float = 30.0,
     ) -> None:
+        """``eviction`` is :class:`~mint_loader.eviction.Gdsf` if none is given."""
         self.folder = folder
+        self._files = CacheFolder(folder)
         self._max_bytes = max_bytes
         self._verify = verify
         self._overhead_bytes = overhead_bytes
         """Reserved beyond the blob for the configuration, while its real size is unknown."""
-        self._entries: OrderedDict[str, _Entry] = OrderedDict()
-        """By digest, least recently used first."""
+        self._verify_again_s = verify_again_s
+        self._save_uses_s = save_uses_s
+        self._entries: dict[str, _Entry] = {}
+        self._order = EvictionOrder(eviction or Gdsf())
         self._pins: Counter[str] = Counter()
+        self._kept: frozenset[str] = frozenset()
         self._used_bytes = 0
         self._reserved_bytes = 0
         self._leaving_bytes = 0
         """The part of the used bytes whose removal is under way."""
+        self._quarantined: deque[tuple[Path, int]] = deque()
         self._room_lock = asyncio.Lock()
         self._changed = asyncio.Event()
-        self._removals: set[asyncio.Task[None]] = set()
-        self._lock_file: int | None = None
+        self._chores: set[asyncio.Task[None]] = set()
+        self._uses_saved_at_s = float("-inf")
         self._num_evictions = 0
         self._num_quarantined = 0
+        self._num_full = 0
 
     async def open(self) -> None:
         """Take the folder, sweep what a killed predecessor left, and note what is there.
 
         Raises :class:`FailedPrecondition` if another loader owns the folder or it cannot be written.
         """
-        try:
-            found = await asyncio.to_thread(self._scan)
-        except OSError as error:
-            raise FailedPrecondition(
-                f"cache_dir {self.folder} cannot be used: {error}; name a folder the loader may write"
-            ) from error
-        for digest, size_bytes, used_at_s in sorted(found, key=lambda each: each[2]):
-            self._entries[digest] = _Entry(size_bytes, used_at_s, is_verified=False)
-            self._used_bytes += size_bytes
+        found = await asyncio.to_thread(self._files.open, self._order.policy_name)
+        for each in found:
+            self._entries[each.digest] = _Entry(each.size_bytes, each.used_at_s)
+            self._used_bytes += each.size_bytes
+        self._order.restore(found)
+        self._uses_saved_at_s = clock.monotonic_s()
         async with self._room_lock:
             await self._make_room(0)
-        _log.info(
-            "disk cache opened",
-            extra={
-                "fields": {"folder": str(self.folder), "num_entries": len(self._entries), "bytes": self._used_bytes}
-            },
-        )
+        fields = {"folder": str(self.folder), "num_entries": len(self._entries), "bytes": self._used_bytes}
+        _log.info("disk cache opened", extra={"fields": fields})
 
     async def close(self) -> None:
-        """Finish removals and give the folder back."""
-        await asyncio.gather(*self._removals, return_exceptions=True)
-        if self._lock_file is not None:
-            os.close(self._lock_file)
-            self._lock_file = None
+        """Finish removals, write the uses down and give the folder back."""
+        await asyncio.gather(*self._chores, return_exceptions=True)
+        if self._uses_saved_at_s > float("-inf"):
+            await self._save_uses()
+        self._files.close()
 
     @property
     def status(self) -> CacheStatus:
+        kept = [entry.size_bytes for digest in self._kept if (entry := self._entries.get(digest)) is not None]
         return CacheStatus(
-            self._used_bytes, self._max_bytes, len(self._entries), self._num_evictions, self._num_quarantined
+            used_bytes=self._used_bytes,
+            max_bytes=self._max_bytes,
+            num_entries=len(self._entries),
+            num_evictions=self._num_evictions,
+            num_quarantined=self._num_quarantined,
+            num_full=self._num_full,
+            num_kept=len(kept),
+            kept_bytes=sum(kept),
+            eviction=self._order.policy_name,
         )
 
     def __contains__(self, digest: str) -> bool:
@@ -172,7 +175,17 @@ class DiskCache:
     def distrust(self, digest: str) -> None:
         """Have the adapter verified again at its next use."""
         if (entry := self._entries.get(digest)) is not None:
-            entry.is_verified = False
+            entry.verified_as = None
+
+    @property
+    def kept(self) -> frozenset[str]:
+        """The digests given to :meth:`keep`."""
+        return self._kept
+
+    def keep(self, digests: frozenset[str]) -> None:
+        """Never evict these from now on, whether they are here yet or not, and no others for that reason."""
+        self._kept = digests
+        self._changed.set()
 
     @contextlib.contextmanager
     def pinned(self, digest: str) -> Iterator[None]:
@@ -190,7 +203,7 @@ class DiskCache:
     async def using(self, digest: str) -> AsyncIterator[Path | None]:
         """The adapter's folder, verified and safe from eviction inside the block; None if it is not here.
 
-        An entry whose bytes went bad is removed, and None given, so that it is fetched again.
+        An entry whose bytes went bad is put in quarantine, and None given, so that it is fetched again.
         """
         with self.pinned(digest):
             entry = self._entries.get(digest)
@@ -200,18 +213,18 @@ class DiskCache:
                 yield None
                 return
             entry.used_at_s = clock.wall_s()
-            self._entries.move_to_end(digest)
-            path = self._path(digest)
-            with contextlib.suppress(OSError):  # only the order after a restart depends on it
-                os.utime(path, (entry.used_at_s, entry.used_at_s))
-            yield path
+            self._order.use(digest, entry.size_bytes, entry.used_at_s)
+            self._files.touch(digest, entry.used_at_s)
+            self._save_uses_soon()
+            yield self._files.entry(digest)
 
     @contextlib.asynccontextmanager
     async def filling(self, digest: str, size_bytes: int) -> AsyncIterator[Workspace]:
         """A place to make the adapter's folder in; at the end of the block that is the entry, on an error nothing is
         left.
 
-        Waits for room. Raises :class:`ResourceExhausted` if the adapter is larger than the cache, or the disk is full.
+        Waits for room. Raises :class:`ResourceExhausted` if the adapter is larger than the cache or than what is not
+        kept of it, or the disk is full.
         """
         needed = size_bytes + self._overhead_bytes
         if needed > self._max_bytes:
@@ -220,21 +233,21 @@ class DiskCache:
                 "raise loader.max_cache_bytes",
                 metadata={"digest": digest, "max_cache_bytes": str(self._max_bytes)},
             )
-        async with self._room_lock:
-            await self._make_room(needed)
-            reservation = _Reservation(needed)
-            self._reserved_bytes += needed
-        workspace = Workspace(self.folder / ".incoming" / f"{digest_hex(digest)}-{secrets.token_hex(6)}")
+        reservation = await self._reserve(needed)
+        workspace = self._files.workspace(digest)
         try:
             await asyncio.to_thread(workspace.folder.mkdir)
             yield workspace
-            size_bytes = await _to_the_end(asyncio.to_thread(_seal, workspace.entry))
+            size_bytes = await _to_the_end(asyncio.to_thread(self._files.seal, workspace.entry))
             await SEALED.reached()
             await _to_the_end(self._admit(workspace.entry, digest, size_bytes, reservation))
         except BaseException as error:
             await _to_the_end(asyncio.to_thread(shutil.rmtree, workspace.folder, ignore_errors=True))
             if isinstance(error, OSError):
-                raise _disk_error(error, workspace.folder) from error
+                told = disk_error(error, workspace.folder)
+                self._num_full += isinstance(told, ResourceExhausted)
+                raise told from error
+            self._num_full += isinstance(error, ResourceExhausted)
             raise
         else:
             self._remove(workspace.folder, 0)
@@ -243,56 +256,127 @@ class DiskCache:
         await PUBLISHED.reached()
 
     async def _admit(self, made: Path, digest: str, size_bytes: int, reservation: _Reservation) -> None:
-        await asyncio.to_thread(self._move_in, made, self._path(digest))
-        self._entries[digest] = _Entry(size_bytes, clock.wall_s(), is_verified=True)
+        fingerprint = await asyncio.to_thread(self._files.move_in, made, digest)
+        if (replaced := self._entries.get(digest)) is not None:
+            self._used_bytes -= replaced.size_bytes
+        now_s = clock.wall_s()
+        self._entries[digest] = _Entry(size_bytes, now_s, fingerprint, clock.monotonic_s())
+        self._order.use(digest, size_bytes, now_s)
         self._used_bytes += size_bytes
         self._release(reservation)  # in the same step, or the bytes would count twice and push another entry out
+        self._save_uses_soon()
 
     def _release(self, reservation: _Reservation) -> None:
         self._reserved_bytes -= reservation.size_bytes
         reservation.size_bytes = 0
         self._changed.set()
 
+    # Verification
+
     async def _is_good(self, digest: str, entry: _Entry) -> bool:
         async with entry.lock:
-            if entry.is_verified:
-                return True
             if self._entries.get(digest) is not entry:
                 return False
+            if self._is_verified(digest, entry):
+                return True
+            entry.verified_as = None
             try:
-                entry.is_verified = await asyncio.to_thread(self._verify, self._path(digest), digest)
+                # Taken before: what is written while the bytes are looked at is noticed at the next use.
+                fingerprint = self._files.fingerprint(digest)
+                if await asyncio.to_thread(self._verify, self._files.entry(digest), digest):
+                    entry.verified_as, entry.verified_at_s = fingerprint, clock.monotonic_s()
+                    return True
             except OSError as error:
                 _log.warning("cached adapter is unreadable", extra={"fields": {"digest": digest, "error": str(error)}})
-            if not entry.is_verified:
-                self._num_quarantined += 1
-                _log.error("cached adapter lost its digest: removed", extra={"fields": {"digest": digest}})
-                self._drop(digest)
-            return entry.is_verified
+            self._quarantine(digest)
+            return False
 
-    async def _make_room(self, needed: int) -> None:
-        """Evict, least recently used first, until ``needed`` bytes fit; waits while everything left is in use."""
-        while self._used_bytes + self._reserved_bytes + needed > self._max_bytes:
-            self._changed.clear()
-            missing = self._used_bytes + self._reserved_bytes + needed - self._leaving_bytes - self._max_bytes
-            if missing > 0:
-                victim = next((digest for digest in self._entries if digest not in self._pins), None)
-                if victim is not None:
-                    self._num_evictions += 1
-                    self._drop(victim)
-                    continue
+    def _is_verified(self, digest: str, entry: _Entry) -> bool:
+        if entry.verified_as is None or clock.monotonic_s() - entry.verified_at_s > self._verify_again_s:
+            return False
+        try:
+            return self._files.fingerprint(digest) == entry.verified_as
+        except OSError:  # somebody tidied up by hand
+            return False
+
+    def _quarantine(self, digest: str) -> None:
+        self._num_quarantined += 1
+        entry = self._entries.pop(digest)
+        self._order.discard(digest)
+        aside = self._files.move_out(digest, to_quarantine=True)
+        fields = {"digest": digest, "moved_to": str(aside)}
+        _log.error("cached adapter lost its digest: in quarantine", extra={"fields": fields})
+        if aside is None:
+            self._forget_bytes(entry.size_bytes)
+            return
+        self._quarantined.append((aside, entry.size_bytes))
+        if len(self._quarantined) > _MAX_QUARANTINED:
+            self._remove(*self._quarantined.popleft())
+
+    # Room
+
+    async def _reserve(self, needed: int) -> _Reservation:
+        """Wait for room in order of arrival; who waits for what is in use lets others pass who fit."""
+        while True:
+            async with self._room_lock:
+                if await self._make_room(needed):
+                    await self._make_room_on_disk(needed)
+                    self._reserved_bytes += needed
+                    return _Reservation(needed)
             await self._changed.wait()
 
-    def _drop(self, digest: str) -> None:
-        """Take an entry from its name at once, and its bytes from the disk soon."""
+    async def _make_room(self, needed: int) -> bool:
+        """Evict until ``needed`` bytes fit; False if that must wait for what is in use."""
+        while (excess := self._used_bytes + self._reserved_bytes + needed - self._max_bytes) > 0:
+            self._changed.clear()
+            if excess <= self._leaving_bytes:
+                await self._changed.wait()
+            elif excess <= self._used_bytes - self._held_bytes():
+                self._evict_one()
+            elif self._reserved_bytes or any(each in self._entries and each not in self._kept for each in self._pins):
+                return False  # and nothing was evicted for it in vain
+            else:
+                raise ResourceExhausted(
+                    f"{needed} bytes of disk are needed, all but {self._max_bytes - self._used_bytes} of "
+                    f"{self._max_bytes} hold adapters that are kept; unpin some or raise loader.max_cache_bytes",
+                    retry_after_s=10.0,
+                )
+        return True
+
+    async def _make_room_on_disk(self, needed: int) -> None:
+        """Evict for a disk that is smaller or fuller than the cache's bound says; as far as that goes."""
+        free_bytes = await asyncio.to_thread(self._files.free_bytes)
+        missing = needed + self._reserved_bytes - free_bytes
+        while missing > self._leaving_bytes and self._evict_one():
+            pass
+        if missing > 0 and self._chores:
+            await asyncio.wait(set(self._chores))
+
+    def _held_bytes(self) -> int:
+        """Of what may not be evicted now."""
+        held = (self._entries.get(digest) for digest in self._kept.union(self._pins))
+        return sum(entry.size_bytes for entry in held if entry is not None)
+
+    def _evict_one(self) -> bool:
+        """Begin to remove the adapter of least worth, or something from quarantine before it."""
+        if self._quarantined:
+            self._remove(*self._quarantined.popleft())
+            return True
+        digest = self._order.take_least(lambda each: each not in self._pins and each not in self._kept)
+        if digest is None:
+            return False
+        self._num_evictions += 1
         entry = self._entries.pop(digest)
-        trash = self.folder / ".trash" / f"{digest_hex(digest)}-{secrets.token_hex(6)}"
-        try:
-            self._path(digest).rename(trash)
-        except FileNotFoundError:  # somebody tidied up by hand
-            self._used_bytes -= entry.size_bytes
-            self._changed.set()
-            return
-        self._remove(trash, entry.size_bytes)
+        aside = self._files.move_out(digest)
+        if aside is None:
+            self._forget_bytes(entry.size_bytes)
+        else:
+            self._remove(aside, entry.size_bytes)
+        return True
+
+    def _forget_bytes(self, size_bytes: int) -> None:
+        self._used_bytes -= size_bytes
+        self._changed.set()
 
     def _remove(self, path: Path, size_bytes: int) -> None:
         self._leaving_bytes += size_bytes
@@ -302,68 +386,27 @@ class DiskCache:
                 await EVICTING.reached()
             await asyncio.to_thread(shutil.rmtree, path, ignore_errors=True)
             self._leaving_bytes -= size_bytes
-            self._used_bytes -= size_bytes
-            self._changed.set()
+            self._forget_bytes(size_bytes)
 
-        task = asyncio.get_running_loop().create_task(remove())
-        self._removals.add(task)
-        task.add_done_callback(self._removals.discard)
+        self._in_background(remove())
 
-    def _path(self, digest: str) -> Path:
-        return self.folder / digest_hex(digest)
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._chores.add(task)
+        task.add_done_callback(self._chores.discard)
 
-    def _scan(self) -> list[tuple[str, int, float]]:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._take_lock()
-        for name in (".incoming", ".trash"):
-            shutil.rmtree(self.folder / name, ignore_errors=True)
-            (self.folder / name).mkdir(exist_ok=True)
-        found = []
-        for entry in os.scandir(self.folder):
-            if _HEX.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
-                sizes = [file.stat().st_size for file in Path(entry.path).iterdir()]
-                found.append((format_digest(bytes.fromhex(entry.name)), sum(sizes), entry.stat().st_mtime))
-            elif not entry.name.startswith("."):
-                _log.warning("foreign name in the cache folder, left alone", extra={"fields": {"path": entry.path}})
-        return found
+    # Uses
 
-    def _take_lock(self) -> None:
-        self._lock_file = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    def _save_uses_soon(self) -> None:
+        if clock.monotonic_s() - self._uses_saved_at_s >= self._save_uses_s:
+            self._uses_saved_at_s = clock.monotonic_s()
+            self._in_background(self._save_uses())
+
+    async def _save_uses(self) -> None:
         try:
-            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._lock_file)
-            self._lock_file = None
-            raise FailedPrecondition(
-                f"cache_dir {self.folder} is in use by another loader; give each loader a folder of its own"
-            ) from None
-
-    def _move_in(self, made: Path, target: Path) -> None:
-        if target.exists():  # an unknown folder of that name: ours is verified, it is not
-            target.rename(self.folder / ".trash" / f"{target.name}-{secrets.token_hex(6)}")
-        made.rename(target)
-        fsync_dir(self.folder)
-
-
-def _seal(folder: Path) -> int:
-    """Sync a folder's files and names; returns their size in bytes."""
-    size_bytes = 0
-    for path in folder.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-            size_bytes += os.fstat(file.fileno()).st_size
-    fsync_dir(folder)
-    return size_bytes
-
-
-def _disk_error(error: OSError, path: Path) -> MintError:
-    if error.errno in _FULL:
-        return ResourceExhausted(
-            f"cannot write {path}: {error.strerror}; make room on that disk or lower loader.max_cache_bytes"
-        )
-    if error.errno == errno.EIO:
-        return Unavailable(f"cannot write {path}: {error.strerror}; the node's disk fails")
-    return Internal(f"cannot write {path}: {error}")
+            await asyncio.to_thread(self._files.write_uses, self._order.policy_name, self._order.snapshot())
+        except OSError as error:  # only the order after a restart depends on it
+            _log.warning("uses of the cache cannot be written", extra={"fields": {"error": str(error)}})
 
 
 async def _to_the_end(work: Coroutine[Any, Any, T]) -> T:

@@ -9,9 +9,21 @@ from typing import Protocol
 
 from mint_blobs.keys import blob_prefix
 from mint_core.errors import InvalidArgument
-from mint_core.names import TenantName, check_digest
+from mint_core.names import AliasName, TenantName, check_digest
+from mint_core.signing import Signature
 
-__all__ = ["AdapterRef", "AdapterWriter", "BlobSource", "Engine", "EngineLoad", "Loaded", "Resident", "Tier"]
+__all__ = [
+    "AdapterRef",
+    "AdapterWriter",
+    "BlobSource",
+    "Engine",
+    "EngineLoad",
+    "Loaded",
+    "PinnedTargets",
+    "Resident",
+    "SignatureCheck",
+    "Tier",
+]
 
 
 class Tier(enum.IntEnum):
@@ -35,9 +47,20 @@ class AdapterRef:
     object_key: str
     base_digest: str
     """Digest of the base model it fits."""
+    signature: Signature | None = None
+    """Who vouches for it."""
 
     @classmethod
-    def checked(cls, *, tenant: str, digest: str, size_bytes: int, object_key: str, base_digest: str) -> AdapterRef:
+    def checked(
+        cls,
+        *,
+        tenant: str,
+        digest: str,
+        size_bytes: int,
+        object_key: str,
+        base_digest: str,
+        signature: Signature | None = None,
+    ) -> AdapterRef:
         """A reference out of a request; ``tenant`` is a resource name. Raises :class:`InvalidArgument` naming the
         field.
         """
@@ -56,7 +79,7 @@ class AdapterRef:
                 f"adapter.object_key is {object_key[:160]!r}; the blob's copies of this tenant lie below {prefix}",
                 field="adapter.object_key",
             )
-        return cls(tenant_id, digest, size_bytes, object_key, base_digest)
+        return cls(tenant_id, digest, size_bytes, object_key, base_digest, signature)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,13 +109,19 @@ class Resident:
     digests: frozenset[str]
     to_load: tuple[AdapterRef, ...] = ()
     """What somebody waits for to be held by this engine."""
+    pinned: frozenset[str] = frozenset()
+    """Those it never evicts."""
 
 
 class Engine(Protocol):
     """The engine of this node, as far as the loader needs it. Raises the errors of ``EngineService``."""
 
-    async def load(self, digest: str, folder: str, *, into_slot: bool, timeout_s: float) -> EngineLoad:
-        """Load from ``folder``, a name below the shared adapter folder."""
+    async def load(self, digest: str, folder: str, *, into_slot: bool, pinned: bool, timeout_s: float) -> EngineLoad:
+        """Load from ``folder``, a name below the shared adapter folder; never evict it again if ``pinned``."""
+        ...
+
+    async def unpin(self, digest: str, *, timeout_s: float) -> None:
+        """Let the engine evict an adapter again; one it does not hold is none of its business."""
         ...
 
     async def resident(self, *, timeout_s: float) -> Resident:
@@ -114,4 +143,21 @@ class AdapterWriter(Protocol):
 
         Raises :class:`InvalidArgument` if it is no valid adapter, :class:`BaseModelMismatch` if it fits another base.
         """
+        ...
+
+
+class SignatureCheck(Protocol):
+    """:meth:`mint_core.signing.TrustedKeys.check`."""
+
+    def __call__(self, tenant: str, digest: str, base_digest: str, signature: Signature | None) -> None:
+        """Raises :class:`SignatureRequired` or :class:`SignatureInvalid`."""
+        ...
+
+
+class PinnedTargets(Protocol):
+    """The catalog, as far as pins need it."""
+
+    async def targets(self, alias: AliasName) -> tuple[AdapterRef, ...]:
+        """What an alias can answer with: its active revision's adapter and its canary's. Raises
+        :class:`NotFound`."""
         ...

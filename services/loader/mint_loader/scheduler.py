@@ -1,20 +1,17 @@
-"""Shared and ordered work: one flight per key however many wait for it, and a gate that lets the most urgent through
-first.
-"""
+"""Shared work: one flight per key, however many wait for it."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import heapq
-import itertools
-from collections.abc import AsyncIterator, Awaitable, Callable, Hashable
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Mapping
 from typing import Any, Generic, TypeVar
 
 from mint_core import calls
-from mint_core.errors import ResourceExhausted, Unavailable
+from mint_core.errors import Unavailable
+from mint_loader.gate import FairGate, Turn
 
-__all__ = ["Flight", "PriorityGate", "SharedFlights"]
+__all__ = ["Flight", "SharedFlights"]
 
 T = TypeVar("T")
 
@@ -22,11 +19,11 @@ T = TypeVar("T")
 class Flight(Generic[T]):
     """One piece of work and its waiters."""
 
-    def __init__(self, priority: int, label: str) -> None:
+    def __init__(self, claims: Mapping[str, int], label: str = "") -> None:
         self.label = label
         """What the one who started it says of it."""
-        self.priority = priority
-        """The highest among its waiters; larger first."""
+        self.claims = dict(claims)
+        """The tenants among its waiters, each with its highest priority; larger first."""
         self.num_waiters = 0
         self.task: asyncio.Task[T]
         self.is_moving = False
@@ -34,18 +31,29 @@ class Flight(Generic[T]):
         self.is_uninterruptible = False
         """Whether its own part has begun, which is finished even if nobody waits any more: the next caller profits."""
         self._child: Flight[Any] | None = None
-        self._turn: _Turn | None = None
+        self._turn: tuple[FairGate, Turn] | None = None
         self._on_moving: list[Callable[[], None]] = []
 
-    def raise_priority(self, priority: int) -> None:
-        """Let a more urgent waiter pull the flight, and whatever it waits for, forward."""
-        if priority <= self.priority:
+    def claim(self, tenant: str, priority: int) -> None:
+        """Let another waiter pull the flight, and whatever it waits for, forward."""
+        known = self.claims.get(tenant)
+        if known is not None and known >= priority:
             return
-        self.priority = priority
+        self.claims[tenant] = priority
         if self._child is not None:
-            self._child.raise_priority(priority)
+            self._child.claim(tenant, priority)
         if self._turn is not None:
-            self._turn.raise_priority(priority)
+            gate, turn = self._turn
+            gate.claim(turn, tenant, priority)
+
+    @contextlib.asynccontextmanager
+    async def turn(self, gate: FairGate, *, cost: float = 1.0) -> AsyncIterator[None]:
+        """Hold one of the gate's places inside the block; waits for it. Raises what :meth:`FairGate.queue` raises."""
+        turn = gate.queue(self.claims, cost=cost)
+        self._turn = (gate, turn)
+        async with gate.inside(turn):
+            self._turn = None
+            yield
 
     def when_moving(self, tell: Callable[[], None]) -> None:
         """Call ``tell`` once bytes move; at once if they do."""
@@ -79,6 +87,9 @@ class SharedFlights(Generic[T]):
     def num_moving(self) -> int:
         return sum(flight.is_moving for flight in self._flights.values())
 
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._flights
+
     def label_of(self, key: Hashable) -> str | None:
         """The label of the flight of ``key``, None if there is none."""
         flight = self._flights.get(key)
@@ -89,6 +100,7 @@ class SharedFlights(Generic[T]):
         key: Hashable,
         work: Callable[[Flight[T]], Awaitable[T]],
         *,
+        tenant: str,
         priority: int,
         label: str = "",
         parent: Flight[Any] | None = None,
@@ -96,15 +108,16 @@ class SharedFlights(Generic[T]):
     ) -> T:
         """Join the flight of ``key``, or start it with ``work``; returns or raises what it does.
 
-        ``parent`` is the flight that waits for this one: its priority and progress are tied to it.
+        ``parent`` is the flight that waits for this one: its tenants, their priorities and its progress are tied to it.
         """
         flight = self._flights.get(key)
         if flight is None:
-            flight = self._start(key, work, priority, label)
-        flight.raise_priority(priority)
+            flight = self._start(key, work, {tenant: priority}, label)
+        flight.claim(tenant, priority)
         if parent is not None:
             parent._child = flight
-            flight.raise_priority(parent.priority)
+            for each, level in parent.claims.items():
+                flight.claim(each, level)
             flight.when_moving(parent.mark_moving)
         if when_moving is not None:
             flight.when_moving(when_moving)
@@ -134,8 +147,10 @@ class SharedFlights(Generic[T]):
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _start(self, key: Hashable, work: Callable[[Flight[T]], Awaitable[T]], priority: int, label: str) -> Flight[T]:
-        flight: Flight[T] = Flight(priority, label)
+    def _start(
+        self, key: Hashable, work: Callable[[Flight[T]], Awaitable[T]], claims: Mapping[str, int], label: str
+    ) -> Flight[T]:
+        flight: Flight[T] = Flight(claims, label)
 
         async def fly() -> T:
             # The first caller's deadline is not that of those who join later.
@@ -155,82 +170,3 @@ class SharedFlights(Generic[T]):
     def _forget(self, key: Hashable, flight: Flight[T]) -> None:
         if self._flights.get(key) is flight:
             del self._flights[key]
-
-
-class _Turn:
-    """A place in a gate's queue."""
-
-    def __init__(self, gate: PriorityGate, priority: int) -> None:
-        self.priority = priority
-        self.granted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._gate = gate
-
-    def raise_priority(self, priority: int) -> None:
-        if priority > self.priority and not self.granted.done():
-            self.priority = priority
-            self._gate._push(self)
-
-
-class PriorityGate:
-    """At most ``num_places`` flights inside; the others queue, larger priority first, then in order of arrival."""
-
-    def __init__(self, num_places: int, *, max_queued: int, what: str) -> None:
-        self._num_free = num_places
-        self._max_queued = max_queued
-        self._what = what
-        self._heap: list[tuple[int, int, _Turn]] = []
-        self._order = itertools.count()
-        self._num_queued = 0
-
-    @property
-    def num_queued(self) -> int:
-        return self._num_queued
-
-    @contextlib.asynccontextmanager
-    async def turn(self, flight: Flight[Any]) -> AsyncIterator[None]:
-        """Wait for a place; raises :class:`ResourceExhausted` at once if the queue is full."""
-        await self._enter(flight)
-        try:
-            yield
-        finally:
-            self._num_free += 1
-            self._grant()
-
-    async def _enter(self, flight: Flight[Any]) -> None:
-        if self._num_free and not self._num_queued:
-            self._num_free -= 1
-            return
-        if self._num_queued >= self._max_queued:
-            raise ResourceExhausted(
-                f"{self._num_queued} {self._what} wait already, which is the limit; retry later", retry_after_s=1.0
-            )
-        turn = _Turn(self, flight.priority)
-        flight._turn = turn
-        self._push(turn)
-        self._num_queued += 1
-        try:
-            await turn.granted
-        except asyncio.CancelledError:
-            if turn.granted.done() and not turn.granted.cancelled():
-                self._num_free += 1  # granted and cancelled in the same moment: hand the place on
-                self._grant()
-            else:
-                self._num_queued -= 1
-            raise
-        finally:
-            flight._turn = None
-
-    def _push(self, turn: _Turn) -> None:
-        # A turn whose priority was raised is in the heap twice; the later, lower entry is skipped when it comes up.
-        heapq.heappush(self._heap, (-turn.priority, next(self._order), turn))
-
-    def _grant(self) -> None:
-        while self._num_free and self._heap:
-            _, _, turn = heapq.heappop(self._heap)
-            if turn.granted.done():
-                continue
-            self._num_free -= 1
-            self._num_queued -= 1
-            turn.granted.set_result(None)
-        if not self._num_queued:
-            self._heap.clear()

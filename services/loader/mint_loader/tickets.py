@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import itertools
 import secrets
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 
 from mint_core import calls, clock, log
-from mint_core.errors import MintError, NotFound, ResourceExhausted
+from mint_core.errors import InvalidArgument, MintError, NotFound, ResourceExhausted
 from mint_core.names import LoadTicketName
 from mint_loader.loading import Loading
 from mint_loader.model import AdapterRef, Tier
@@ -47,37 +49,90 @@ class Ticket:
     state: TicketState = TicketState.QUEUED
     error: str = ""
     """``REASON: sentence`` once it failed."""
+    pinned: bool = False
+    """Whether the engine is to keep it."""
     task: asyncio.Task[None] | None = field(default=None, repr=False)
 
 
 class Tickets:
-    """The node's tickets. At most ``max_open`` are unfinished; of the finished ones the latest ``max_kept`` can be
-    read.
+    """The node's tickets. At most ``max_open`` are unfinished, ``max_open_per_tenant`` of one tenant; of the finished
+    ones the latest ``max_kept`` can be read.
     """
 
     def __init__(
-        self, loading: Loading, *, max_open: int = 1024, max_kept: int = 4096, timeout_s: float = 600.0
+        self,
+        loading: Loading,
+        *,
+        max_open: int = 4096,
+        max_open_per_tenant: int = 1024,
+        max_kept: int = 4096,
+        timeout_s: float = 600.0,
     ) -> None:
         self._loading = loading
         self._max_open = max_open
+        self._max_open_per_tenant = max_open_per_tenant
         self._max_kept = max_kept
         self._timeout_s = timeout_s
         self._open: dict[str, Ticket] = {}
+        self._num_open: Counter[str] = Counter()
+        """By tenant."""
         self._finished: OrderedDict[str, Ticket] = OrderedDict()
 
     @property
     def num_queued(self) -> int:
         return sum(ticket.state is TicketState.QUEUED for ticket in self._open.values())
 
-    def submit(self, refs: Sequence[AdapterRef], tier: Tier, *, priority: int) -> list[Ticket]:
-        """One ticket per reference, all or none; :class:`ResourceExhausted` if too many are open."""
+    def num_open(self, tenant: str) -> int:
+        """Unfinished tickets of a tenant (its id)."""
+        return self._num_open[tenant]
+
+    def tenants(self) -> AbstractSet[str]:
+        """Those with unfinished tickets."""
+        return self._num_open.keys()
+
+    def submit(
+        self,
+        refs: Sequence[AdapterRef],
+        tier: Tier,
+        *,
+        priority: int,
+        timeout_s: float | None = None,
+        pinned: bool = False,
+    ) -> list[Ticket]:
+        """One ticket per reference, all or none; :class:`ResourceExhausted` if too many are open.
+
+        Each is given up after ``timeout_s``, at most this room's own ``timeout_s``, which is also what None means.
+        """
+        if timeout_s is not None and timeout_s <= 0:
+            raise InvalidArgument(
+                f"deadline lies {-timeout_s:.1f} s in the past; send a later one, or none", field="deadline"
+            )
         if len(self._open) + len(refs) > self._max_open:
             raise ResourceExhausted(
                 f"{len(self._open)} load tickets are open and {len(refs)} came; {self._max_open} may be open: "
                 "retry later",
                 retry_after_s=1.0,
             )
-        return [self._submit(ref, tier, priority) for ref in refs]
+        for tenant, count in Counter(ref.tenant for ref in refs).items():
+            if self._num_open[tenant] + count > self._max_open_per_tenant:
+                raise ResourceExhausted(
+                    f"{self._num_open[tenant]} load tickets of tenant {tenant!r} are open and {count} came; "
+                    f"{self._max_open_per_tenant} of one tenant may be open: retry later",
+                    metadata={"tenant": tenant},
+                    retry_after_s=1.0,
+                )
+        within_s = self._timeout_s if timeout_s is None else min(timeout_s, self._timeout_s)
+        return [self._submit(ref, tier, priority, within_s, pinned) for ref in refs]
+
+    def listed(self, *, tenant: str = "", open_only: bool = False, limit: int = 1000) -> list[Ticket]:
+        """Unfinished ones, oldest first, then finished ones, latest first; of all tenants unless one is named."""
+        found: list[Ticket] = []
+        for ticket in itertools.chain(self._open.values(), () if open_only else reversed(self._finished.values())):
+            if len(found) >= limit:
+                break
+            if not tenant or ticket.ref.tenant == tenant:
+                found.append(ticket)
+        return found
 
     def get(self, name: LoadTicketName) -> Ticket:
         """A ticket, also for a while after its end."""
@@ -104,15 +159,16 @@ class Tickets:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _submit(self, ref: AdapterRef, tier: Tier, priority: int) -> Ticket:
+    def _submit(self, ref: AdapterRef, tier: Tier, priority: int, timeout_s: float, pinned: bool) -> Ticket:
         name = LoadTicketName(secrets.token_hex(12))
-        ticket = Ticket(name, ref, tier, priority, clock.wall_s() + self._timeout_s)
+        ticket = Ticket(name, ref, tier, priority, clock.wall_s() + timeout_s, pinned=pinned)
         self._open[name.load_ticket] = ticket
-        ticket.task = asyncio.get_running_loop().create_task(self._work(ticket), name=str(name))
+        self._num_open[ref.tenant] += 1
+        ticket.task = asyncio.get_running_loop().create_task(self._work(ticket, timeout_s), name=str(name))
         ticket.task.add_done_callback(lambda _: self._finish(ticket))
         return ticket
 
-    async def _work(self, ticket: Ticket) -> None:
+    async def _work(self, ticket: Ticket, timeout_s: float) -> None:
         def moving() -> None:
             if not ticket.state.is_final:
                 ticket.state = TicketState.LOADING
@@ -121,7 +177,12 @@ class Tickets:
             # The ticket outlives the call that made it, and so its deadline.
             with calls.inbound_call(calls.principal(), None):
                 await self._loading.ensure(
-                    ticket.ref, ticket.tier, priority=ticket.priority, timeout_s=self._timeout_s, when_moving=moving
+                    ticket.ref,
+                    ticket.tier,
+                    priority=ticket.priority,
+                    timeout_s=timeout_s,
+                    pinned=ticket.pinned,
+                    when_moving=moving,
                 )
         except MintError as error:
             ticket.error = f"{error.reason}: {error.message}"
@@ -139,7 +200,10 @@ class Tickets:
                 ticket.state, ticket.error = TicketState.FAILED, "INTERNAL: see the loader's log"
             else:
                 ticket.state = TicketState.CANCELLED
-        self._open.pop(ticket.name.load_ticket, None)
+        if self._open.pop(ticket.name.load_ticket, None) is not None:
+            self._num_open[ticket.ref.tenant] -= 1
+            if not self._num_open[ticket.ref.tenant]:
+                del self._num_open[ticket.ref.tenant]
         self._finished[ticket.name.load_ticket] = ticket
         while len(self._finished) > self._max_kept:
             self._finished.popitem(last=False)

@@ -173,6 +173,7 @@ class Attempt:
             step=state.step,
             data_digest=data_digest,
             code_version=f"mint-lora {importlib.metadata.version('mint-lora')}",
+            recipe=self.run.WhichOneof("recipe") or "",
         )
         request_id = str(uuid.uuid4())
         self.lease.check()

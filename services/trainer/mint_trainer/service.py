@@ -88,7 +88,8 @@ class SessionServicer(session_service_pb2_grpc.SessionServiceServicer):
 
     async def SaveState(self, request: pb.SaveStateRequest, _: Context) -> pb.SaveStateResponse:
         name = _session_name(request.session)
-        saved = await self._sessions.save_state(name, request.run, _run_id(request.run, name), request.fence)
+        run_id = _run_id(request.run, name)
+        saved = await self._sessions.save_state(name, request.run, run_id, request.fence, for_export=request.for_export)
         state = _encode_state(saved)
         state.save_time.GetCurrentTime()
         return pb.SaveStateResponse(state=state)

@@ -35,7 +35,7 @@ from mint_trainer.ledger import LedgerContents, StepLedger
 from mint_trainer.optimizer import AdamWConfig
 from mint_trainer.recipe import AdapterRecipe
 from mint_trainer.session import StepResult, TrainingSession
-from mint_trainer.state import SavedState, StateReader, write_state
+from mint_trainer.state import SavedState, StateReader, write_for_export, write_state
 from mint_trainer.worker import Ticket, TorchThread
 
 __all__ = ["SessionLimits", "SessionView", "Sessions"]
@@ -280,14 +280,20 @@ class Sessions:
 
     # --- state
 
-    async def save_state(self, name: SessionName, run: str, run_id: str, fence: int) -> SavedState:
+    async def save_state(
+        self, name: SessionName, run: str, run_id: str, fence: int, *, for_export: bool = False
+    ) -> SavedState:
         """Store weights, optimizer and newest step results under the keys of (policy, ``run_id``, step, ``fence``).
+
+        With ``for_export`` only the weights, in the base's compute type: nothing can be resumed from them.
 
         Raises :class:`AlreadyExists` if those keys hold another state and :class:`Unavailable` if the store is away.
         """
         if fence < 0:
             raise InvalidArgument(f"fence is {fence}: a fence token is never negative", field="fence")
-        return await self._in_turn(name, partial(self._save, run, run_id, fence))
+        return await self._in_turn(
+            name, partial(self._save_for_export if for_export else self._save, run, run_id, fence)
+        )
 
     async def _save(self, run: str, run_id: str, fence: int, entry: _Entry, ticket: Ticket) -> SavedState:
         keys = state_keys(entry.policy, run_id, entry.session.step, fence)
@@ -309,6 +315,14 @@ class Sessions:
             optimizer_key=keys.optimizer,
             optimizer=files.optimizer,
         )
+
+    async def _save_for_export(self, run: str, run_id: str, fence: int, entry: _Entry, ticket: Ticket) -> SavedState:
+        key = state_keys(entry.policy, run_id, entry.session.step, fence).export
+        with tempfile.TemporaryDirectory(dir=self._scratch) as folder:
+            path = Path(folder) / "weights.safetensors"
+            weights = await self._thread.run(partial(write_for_export, entry.session, path), ticket)
+            await self._store.put_file(key, path, digest=weights.digest)
+        return SavedState(run=run, step=entry.session.step, fence=fence, weights_key=key, weights=weights)
 
     async def load_state(self, name: SessionName, saved: SavedState, *, weights_only: bool) -> SessionView:
         """Replace weights, optimizer, random state and step; the session's seq goes on as it was.

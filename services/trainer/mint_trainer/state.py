@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,14 @@ import torch
 
 from mint_core.errors import BaseModelMismatch, BlobCorrupt, InvalidArgument, WrongState
 from mint_core.names import check_digest
-from mint_lora import LAYOUT_PEFT, AdapterConfig, TensorFile, write_safetensors
+from mint_lora import LAYOUT_PEFT, AdapterConfig, TensorFile, TensorSource, write_safetensors
 from mint_trainer.ledger import LedgerContents
 from mint_trainer.optimizer import AdamW
 from mint_trainer.recipe import AdapterRecipe
 from mint_trainer.saved_ledger import ledger_document, ledger_tensors, read_ledger
 from mint_trainer.session import TrainingSession
 
-__all__ = ["Blob", "SavedState", "StateFiles", "StateReader", "write_state"]
+__all__ = ["Blob", "SavedState", "StateFiles", "StateReader", "write_for_export", "write_state"]
 
 METADATA_KEY = "mint.optimizer"
 FORMAT = 1
@@ -114,6 +114,23 @@ def write_state(session: TrainingSession, ledger: LedgerContents, folder: Path) 
         optimizer_path,
         Blob(moments.digest, moments.size_bytes),
     )
+
+
+def write_for_export(session: TrainingSession, path: Path) -> Blob:
+    """Write the weights alone, in the base's compute type, which is what an engine of that type computes with."""
+    dtype = session.base.dtype
+    config = replace(_config_of(session), dtype=dtype)
+    parameters = {name: parameter.detach() for name, parameter in session.adapter.parameters.items()}
+    if dtype == "float32":
+        tensors = {name: TensorSource.of(values.numpy()) for name, values in parameters.items()}
+    else:
+        # numpy has no such type: its bits go through as integers.
+        tensors = {
+            name: TensorSource.of(values.to(torch.bfloat16).view(torch.uint16).numpy(), "BF16")
+            for name, values in parameters.items()
+        }
+    weights = write_safetensors(path, tensors, config.to_metadata())
+    return Blob(weights.digest, weights.size_bytes)
 
 
 class StateReader:

@@ -11,6 +11,7 @@ from mint_catalog.model.codec import enum_of, to_message
 from mint_catalog.model.codecs import MessageCodecs
 from mint_catalog.model.keys import Keys
 from mint_catalog.model.records import (
+    AdapterSignature,
     Alias,
     AliasHistoryEntry,
     AliasTarget,
@@ -75,6 +76,7 @@ TIME = datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)
 DIGEST = "sha256:" + "a" * 64
 OTHER_DIGEST = "sha256:" + "b" * 64
 BLOB = BlobRef(DIGEST, 12)
+SIGNATURE = AdapterSignature(OTHER_DIGEST, b"s" * 64)
 POLICY = PolicyName("acme", "tone")
 STATE = TrainingState("tenants/acme/runs/r", 3, 9, "w", BLOB, "o", BLOB, TIME)
 LORA = LoraConfig(8, 16.0, ("q_proj", "v_proj"), True, 0.1, 2**63)
@@ -88,7 +90,7 @@ FULL = {
             (AliasHistoryEntry(AliasTarget(2, DIGEST), Attribution("ada", TIME, "better"), True), AliasHistoryEntry()),
             "uid",
             TIME,
-            Resolution("r", BLOB, "key", "baseModels/b", DIGEST, True, True, 4),
+            Resolution("r", BLOB, "key", "baseModels/b", DIGEST, True, True, 4, signature=SIGNATURE),
             Canary(AliasTarget(3, OTHER_DIGEST), 0.1, "salt"),
             Resolution("r", BlobRef(OTHER_DIGEST, 13), "key", "baseModels/b", DIGEST, True, True, 4),
             Gate((GateCondition("exact", "score_mean", DIGEST, 0.0, 0.5, 3), GateCondition("loss", "mean"))),
@@ -117,6 +119,7 @@ FULL = {
             EngineReplicaState.SICK,
             TIME,
             "127.0.0.1:2",
+            32,
             7,
         ),
     ),
@@ -169,10 +172,11 @@ FULL = {
             LORA,
             672,
             "packed-1",
-            Lineage("p", "r", 3, DIGEST, "v1"),
+            Lineage("p", "r", 3, DIGEST, "v1", "sft"),
             RevisionState.RETIRED,
             TIME,
             "key",
+            SIGNATURE,
             7,
         ),
     ),

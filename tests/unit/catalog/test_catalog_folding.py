@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -11,12 +11,12 @@ from unit.catalog.catalog_lab import digest_of
 
 from mint_api.runtime.v1 import publish_service_pb2
 from mint_api.v1 import alias_service_pb2, policy_service_pb2, revision_service_pb2
-from mint_catalog.model.alias_answer import decode_alias_answer
 from mint_catalog.model.codec import from_message, to_message
 from mint_catalog.model.codecs import MessageCodecs
 from mint_catalog.model.folding import fold_alias, fold_blob, fold_policy, fold_revision
 from mint_catalog.model.keys import Keys
 from mint_catalog.model.records import (
+    AdapterSignature,
     Alias,
     AliasHistoryEntry,
     AliasTarget,
@@ -69,11 +69,13 @@ ADAPTER = Revision(
     LORA,
     392,
     "packed-1",
-    Lineage(f"{POLICY}/revisions/2", "tenants/acme/runs/r1", 40, digest_of("data"), "v1"),
+    Lineage(f"{POLICY}/revisions/2", "tenants/acme/runs/r1", 40, digest_of("data"), "v1", "sft"),
     RevisionState.READY,
     TIME,
     OBJECT_KEY,
 )
+SIGNATURE = AdapterSignature(digest_of("key"), bytes(range(64)))
+SIGNED = replace(ADAPTER, signature=SIGNATURE)
 STORED = BlobRecord(BlobName("acme", DIGEST), BlobRef(DIGEST, 1_234_567), OBJECT_KEY, BlobState.VERIFIED, TIME)
 LIVE = Alias(
     ALIAS,
@@ -83,6 +85,7 @@ LIVE = Alias(
     TIME,
     Resolution(str(REVISION), ADAPTER.blob, OBJECT_KEY, "baseModels/qwen3", BASE),
 )
+SIGNED_LIVE = replace(LIVE, resolution=replace(LIVE.resolution or Resolution(), signature=SIGNATURE))
 
 # What a stored text can hold: the forms that are folded, their folded forms, and things that look nearly like them.
 TEXTS = st.sampled_from(
@@ -143,6 +146,8 @@ def _texts(message: Any, data: st.DataObject) -> Any:
             setattr(message, field.name, data.draw(TEXTS, label=field.name))
         elif field.type in (field.TYPE_DOUBLE, field.TYPE_FLOAT):
             setattr(message, field.name, data.draw(st.sampled_from([0.0, 1.0, 2.0, float("inf")])))
+        elif field.type == field.TYPE_BYTES:
+            setattr(message, field.name, data.draw(st.sampled_from([b"\0" * 64, b"x"])))
         elif field.type == field.TYPE_BOOL:
             setattr(message, field.name, True)
         else:
@@ -178,7 +183,11 @@ def _ref(record: Any) -> Any:
     return tables[type(record)](record.name)
 
 
-@pytest.mark.parametrize(("record", "most_bytes"), [(HEAD, 120), (ADAPTER, 240), (LIVE, 215), (STORED, 55)], ids=KINDS)
+@pytest.mark.parametrize(
+    ("record", "most_bytes"),
+    [(HEAD, 120), (ADAPTER, 245), (LIVE, 215), (STORED, 55), (SIGNED, 358), (SIGNED_LIVE, 330)],
+    ids=[*KINDS, "signed", "signed-alias"],
+)
 def test_records_are_stored_small_and_read_whole(record: Any, most_bytes: int) -> None:
     ref = _ref(record)
     value = ref.codec.encode(record)
@@ -222,8 +231,8 @@ def test_an_alias_is_read_as_far_as_resolving_takes(with_canary: bool, plain: bo
     value = TABLES.codecs.alias.encode(alias)
     if plain:
         value = to_message(alias, alias_service_pb2.Alias).SerializeToString()
-    assert decode_alias_answer(value, ALIAS) == answer_of(alias)
-    assert decode_alias_answer(value, ALIAS).resolution is not None
+    assert TABLES.codecs.alias_answer(value, ALIAS) == answer_of(alias)
+    assert TABLES.codecs.alias_answer(value, ALIAS).resolution is not None
 
 
 @given(st.data())
@@ -232,4 +241,10 @@ def test_any_folded_alias_resolves_as_its_whole_record_does(data: st.DataObject)
     message.resolution.ClearField("split")  # only in answers, never stored
     value = message.SerializeToString()
     fold_alias(message, ALIAS)
-    assert decode_alias_answer(value, ALIAS) == answer_of(from_message(message, Alias, name=ALIAS))
+    assert TABLES.codecs.alias_answer(value, ALIAS) == answer_of(from_message(message, Alias, name=ALIAS))
+
+
+def test_an_answer_of_another_revision_is_otherwise_the_same() -> None:
+    """``Resolution.at`` names the fields one by one: a new one must not be lost there."""
+    marked: Any = Resolution(**{each.name: f"<{each.name}>" for each in fields(Resolution)})  # type: ignore[arg-type]
+    assert marked.at(7) == replace(marked, catalog_revision=7)

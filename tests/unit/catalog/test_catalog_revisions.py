@@ -7,7 +7,16 @@ from dataclasses import replace
 import pytest
 from unit.catalog.catalog_lab import BASE_DIGEST, POLICY, Lab, digest_of
 
-from mint_catalog.model.records import BlobRef, BlobState, Fence, Lineage, LoraConfig, Revision, RevisionState
+from mint_catalog.model.records import (
+    AdapterSignature,
+    BlobRef,
+    BlobState,
+    Fence,
+    Lineage,
+    LoraConfig,
+    Revision,
+    RevisionState,
+)
 from mint_catalog.storage.store import Put
 from mint_core.errors import (
     Aborted,
@@ -21,7 +30,7 @@ from mint_core.errors import (
     NotFound,
     WrongState,
 )
-from mint_core.names import BlobName, PolicyName, RevisionName
+from mint_core.names import AliasName, BlobName, PolicyName, RevisionName
 
 RUN = "tenants/acme/runs/r1"
 FIRST = RevisionName("acme", "tone", 1)
@@ -58,6 +67,37 @@ async def test_a_publication_allocates_the_number_and_takes_the_blob() -> None:
     assert first.record.object_key.startswith(f"tenants/acme/blobs/{digest_of('one')[7:]}/")
     assert (await lab.policies.get(POLICY)).next_revision_number == 3
     assert await lab.revisions.get(first.record.name) == first.record
+
+
+async def test_a_signature_goes_with_the_revision_and_every_alias_of_it() -> None:
+    lab = await _lab()
+    fence = await _leased(lab)
+    await lab.publish("one", fence, run=RUN, step=5)
+    blob = (await lab.revisions.get(FIRST)).blob
+    signature = AdapterSignature(digest_of("key"), b"\x01" * 64)
+    signed = await lab.revisions.publish(POLICY, _wanted(blob=blob, signature=signature), fence)
+    assert [(await lab.revisions.get(each)).signature for each in (FIRST, signed.record.name)] == [None, signature]
+    alias = AliasName("acme", "tone", "live")
+    for number, expected in ((1, None), (2, signature), (1, None)):
+        moved = await lab.promote(number)
+        assert moved.record.resolution is not None
+        assert moved.record.resolution.signature == expected
+        for name in (alias, RevisionName("acme", "tone", number)):
+            assert (await lab.resolver.resolve(str(name))).signature == expected
+
+
+@pytest.mark.parametrize(
+    ("signature", "field"),
+    [
+        (AdapterSignature("key", b"\0" * 64), "key_id"),
+        (AdapterSignature(digest_of("key"), b"\0" * 63), "value"),
+    ],
+)
+async def test_a_signature_of_another_form_is_refused(signature: AdapterSignature, field: str) -> None:
+    lab = await _lab()
+    with pytest.raises(InvalidArgument) as caught:
+        await lab.revisions.publish(POLICY, _wanted(signature=signature), None, unfenced=True)
+    assert caught.value.field == f"revision.signature.{field}"
 
 
 async def test_a_publication_needs_a_valid_fence() -> None:

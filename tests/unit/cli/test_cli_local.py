@@ -137,6 +137,29 @@ def test_the_worker_is_last_up_and_first_down(state: StateDir, tmp_path: Path) -
     assert sorted(name for stage in stages[1:] for name in stage) == sorted(SERVICES)
 
 
+def test_a_second_replica_has_everything_of_its_own(state: StateDir, tmp_path: Path) -> None:
+    base = fetch_model(str(write_model(tmp_path / "base")))
+    plan = plan_installation(state, base, UpOptions(replicas=2))
+    state.write_settings(plan.settings_text)
+    processes = {spec.name: spec for stage in plan.stages for spec in stage}
+    assert processes.keys() == {"etcd", "weed", *SERVICES, "engine-2", "loader-2"}
+    argv = ["--config", str(state.settings_path)]
+    pairs = []
+    for suffix in ("", "-2"):
+        engine = load(EngineSettings, argv, dict(processes[f"engine{suffix}"].environ))
+        loader = load(LoaderSettings, argv, dict(processes[f"loader{suffix}"].environ))
+        assert engine.adapter_dir == loader.cache_dir
+        assert engine.loader_address == loader.runtime_listen == processes[f"loader{suffix}"].address
+        assert loader.engine_address == engine.runtime_listen == processes[f"engine{suffix}"].address
+        pairs.append((engine, loader))
+    (engine, loader), (other_engine, other_loader) = pairs
+    assert engine.base_model_path == other_engine.base_model_path
+    for key in ("engine_replica", "adapter_dir", "listen", "runtime_listen"):
+        assert getattr(engine, key) != getattr(other_engine, key)
+    for key in ("cache_dir", "listen", "runtime_listen"):
+        assert getattr(loader, key) != getattr(other_loader, key)
+
+
 def test_a_program_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("ETCD_BIN", str(tmp_path / "etcd"))
     with pytest.raises(FailedPrecondition, match="ETCD_BIN is "):

@@ -23,6 +23,7 @@ from mint_cli.state import RunningService, Snapshot, StateDir
 from mint_core.errors import EtagMismatch, FailedPrecondition, InvalidArgument, MintError
 
 _CATALOG = ["--catalog", "--json", "--state-dir"]
+_LOADER = ["--json", "--loader-runtime", "--node", "--state-dir"]
 EVAL = ["eval", "--scorer", "exact_match"]
 GATE = ["alias", "gate", "set", "a/b", "--condition"]
 GRPO = ["train", "grpo", "a/p", "prompts.jsonl"]
@@ -96,6 +97,13 @@ SURFACE = {
         "--top-p",
     ],
     "lease list": ["TENANT", "--catalog-runtime", "--json", "--state-dir"],
+    "loader cancel": ["TICKET", *_LOADER],
+    "loader pin": ["ALIAS", "--end", "--start", "--tier", *_LOADER],
+    "loader pins": _LOADER,
+    "loader prefetch": ["MODELS", "--catalog", "--deadline", "--priority", "--tier", *_LOADER],
+    "loader status": _LOADER,
+    "loader tickets": ["--open", "--tenant", *_LOADER],
+    "loader unpin": ["ALIAS", "--loader-runtime", "--node", "--state-dir"],
     "model fetch": ["[MODEL]", "--json"],
     "policy create": [
         "POLICY",
@@ -116,9 +124,28 @@ SURFACE = {
     "policy pause": ["POLICY", "--etag", *_CATALOG],
     "policy resume": ["POLICY", "--etag", *_CATALOG],
     "policy undelete": ["POLICY", *_CATALOG],
+    "replica drain": ["REPLICA", "--timeout-s", "--wait", *_CATALOG],
+    "replica list": [*_CATALOG],
+    "replica undrain": ["REPLICA", *_CATALOG],
     "revision delete": ["REVISION", "--etag", *_CATALOG],
+    "revision diff": ["REVISION", "OTHER", "--exporter-runtime", "--json", "--show", "--state-dir"],
+    "revision export": ["REVISION", "FOLDER", "--exporter-runtime", "--json", "--layout", "--state-dir"],
+    "revision import": [
+        "POLICY",
+        "[SOURCE]",
+        "--code-version",
+        "--data-digest",
+        "--digest",
+        "--exporter",
+        "--exporter-runtime",
+        "--json",
+        "--object",
+        "--recipe",
+        "--state-dir",
+    ],
     "revision list": ["POLICY", *_CATALOG],
     "revision retire": ["REVISION", "--etag", *_CATALOG],
+    "revision show": ["REVISION", *_CATALOG],
     "rollout list": ["POLICY", "--run", *_CATALOG],
     "run cancel": ["RUN", "--reason", *_CATALOG],
     "run describe": ["RUN", *_CATALOG],
@@ -187,7 +214,16 @@ SURFACE = {
         "--weight-decay",
         *_CATALOG,
     ],
-    "up": ["--base", "--dtype", "--foreground", "--json", "--max-lora-rank", "--state-dir", "--timeout-s"],
+    "up": [
+        "--base",
+        "--dtype",
+        "--foreground",
+        "--json",
+        "--max-lora-rank",
+        "--replicas",
+        "--state-dir",
+        "--timeout-s",
+    ],
     "usage": ["RESOURCE", "--since", "--until", *_CATALOG],
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pickle
 from pathlib import Path
@@ -13,6 +14,7 @@ from mint_core.errors import BaseModelMismatch, DigestMismatch, InvalidArgument,
 from mint_engine.adapter_folder import AdapterRules, check_adapter_folder
 from mint_engine.base_geometry import BaseGeometry, ExpertShape
 from mint_lora import AdapterConfig, pack, write_safetensors, write_serving_folder
+from mint_lora.config import LAYOUT_SHARED_OUTER
 
 BASE = "sha256:" + "ba5e" * 16
 GEOMETRY = BaseGeometry.from_shapes(
@@ -123,6 +125,31 @@ def test_wrong_number_of_experts_is_named(tmp_path: Path) -> None:
         check_adapter_folder(path, digest, RULES)
 
 
+def test_experts_may_share_a_matrix_only_where_the_engine_spreads_it(tmp_path: Path) -> None:
+    tensors = {}
+    for leaf, (out_features, in_features) in (("gate_proj", (12, 16)), ("up_proj", (12, 16)), ("down_proj", (16, 12))):
+        prefix = f"base_model.model.model.layers.0.mlp.experts.{leaf}"
+        num_a, num_b = (3, 1) if leaf == "down_proj" else (1, 3)
+        tensors[f"{prefix}.lora_A.weight"] = np.ones((num_a, 4, in_features), np.float32)
+        tensors[f"{prefix}.lora_B.weight"] = np.ones((num_b, out_features, 4), np.float32)
+    config = AdapterConfig(
+        rank=4,
+        alpha=8.0,
+        target_modules=("gate_proj", "up_proj", "down_proj"),
+        base_model="tiny",
+        base_digest=BASE,
+        dtype="float32",
+        layout=LAYOUT_SHARED_OUTER,
+    )
+    write_safetensors(tmp_path / "source", tensors, config.to_metadata())
+    packed = pack(tmp_path / "source", tmp_path / "blob")
+    write_serving_folder(packed.path, tmp_path / "adapter")
+    spreading = dataclasses.replace(RULES, spreads_shared_experts=True)
+    assert check_adapter_folder(tmp_path / "adapter", packed.digest, spreading).num_tensors == 6
+    with pytest.raises(InvalidArgument, match="share a matrix"):
+        check_adapter_folder(tmp_path / "adapter", packed.digest, RULES)
+
+
 def test_foreign_base_high_rank_and_other_bytes(tmp_path: Path) -> None:
     path, digest = make(tmp_path / "foreign", base_digest="sha256:" + "0" * 64)
     with pytest.raises(BaseModelMismatch):
@@ -220,3 +247,20 @@ def test_geometry_reads_fused_experts_like_separate_ones() -> None:
     assert fused.experts == GEOMETRY.experts
     assert fused.experts["model.layers.0.mlp.experts"]["up_proj"] == ExpertShape(3, 12, 16)
     assert "model.norm" not in GEOMETRY.linears
+
+
+def test_geometry_calls_the_experts_of_mixtral_as_the_packed_layout_does() -> None:
+    geometry = BaseGeometry.from_shapes(
+        {
+            "model.layers.0.block_sparse_moe.gate.weight": [2, 16],
+            **{
+                f"model.layers.0.block_sparse_moe.experts.{e}.{leaf}.weight": [12, 16]
+                for e in (0, 1)
+                for leaf in ("w1", "w3")
+            },
+            **{f"model.layers.0.block_sparse_moe.experts.{e}.w2.weight": [16, 12] for e in (0, 1)},
+        }
+    )
+    wide, narrow = ExpertShape(2, 12, 16), ExpertShape(2, 16, 12)
+    assert geometry.experts == {"model.layers.0.mlp.experts": {"gate_proj": wide, "up_proj": wide, "down_proj": narrow}}
+    assert geometry.linears == {"model.layers.0.mlp.gate": (2, 16)}

@@ -2,15 +2,12 @@ from __future__ import annotations
 
 import asyncio
 import pickle
-import secrets
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from mint_blobs.digests import digest_bytes, digest_file_sync
-from mint_blobs.memory import MemoryObjectStore
+from mint_blobs.digests import digest_bytes
 from mint_core import failpoints
 from mint_core.errors import (
     AlreadyExists,
@@ -18,7 +15,6 @@ from mint_core.errors import (
     BlobCorrupt,
     BlobMissing,
     InvalidArgument,
-    LeaseHeld,
     LeaseLost,
     MintError,
     NotFound,
@@ -26,63 +22,23 @@ from mint_core.errors import (
     ResourceExhausted,
     Unavailable,
 )
-from mint_core.names import BlobName, PolicyName
-from mint_exporter.export import Exporter, Limits
-from mint_exporter.model import Exported, Fence, Lineage, SavedWeights
-from mint_exporter.scratch import Scratch
-from mint_lora import LAYOUT_PACKED, pack, validate_adapter, write_peft_folder
-from support.adapters import BASE_DIGEST, config_for, delta_weights, dense_shapes, moe_shapes, write_adapter
-from support.exporting import MemoryCatalog, MemoryRevision
+from mint_core.names import PolicyName
+from mint_exporter.model import Fence, Lineage, SavedWeights
+from mint_lora import LAYOUT_PACKED, validate_adapter
+from support.adapters import BASE_DIGEST, delta_weights
+from support.exporting import MIB, POLICY, RUN, Bench, exporter_bench
 
-POLICY = PolicyName("acme", "support")
-FENCE = Fence(str(POLICY), 7)
-RUN = Lineage(run="tenants/acme/runs/r1", step=20)
-MIB = 1 << 20
-
-POINTS = sorted(each.name for each in failpoints.declared() if each.name.startswith("exporter."))
-
-
-@dataclass
-class Bench:
-    catalog: MemoryCatalog
-    store: MemoryObjectStore
-    scratch: Scratch
-    exporter: Exporter
-    work: Path
-
-    async def save(self, *, seed: int = 0, tenant: str = "acme", **changes: object) -> SavedWeights:
-        shapes = moe_shapes()
-        path = self.work / secrets.token_hex(4)
-        write_adapter(path, shapes, config_for(shapes, **changes), seed=seed)
-        digest = digest_file_sync(path)
-        key = f"tenants/{tenant}/states/support/r1/{seed:08d}-7/weights.safetensors"
-        info = await self.store.put_file(key, path, digest=digest)
-        return SavedWeights(key, digest, info.size_bytes)
-
-    async def export(self, weights: SavedWeights, fence: Fence = FENCE, lineage: Lineage = RUN) -> Exported:
-        return await self.exporter.export(POLICY, weights, fence, lineage, "")
-
-    @property
-    def revisions(self) -> list[MemoryRevision]:
-        return self.catalog.revisions[POLICY]
-
-    def assert_sound(self) -> None:
-        """No revision names bytes that are not there, and nothing is left on disk."""
-        for revision in self.revisions:
-            record = self.catalog.blobs[revision.publication.blob]
-            assert record.is_verified
-            assert self.store._objects[record.object_key].info.digest == record.name.digest
-        assert self.scratch.used_bytes == 0
-        assert list(self.scratch._part.iterdir()) == []
+POINTS = sorted(
+    each.name
+    for each in failpoints.declared()
+    if each.name.startswith("exporter.") and not each.name.startswith("exporter.import.")
+)
 
 
 @pytest.fixture
 async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
-    catalog, store = MemoryCatalog(), MemoryObjectStore()
-    catalog.add(POLICY)
-    async with Scratch(tmp_path / "scratch", 64 * MIB) as scratch:
-        exporter = Exporter(catalog, store, scratch, Limits(max_adapter_bytes=8 * MIB, max_rank=16, max_exports=2))
-        yield Bench(catalog, store, scratch, exporter, tmp_path)
+    async with exporter_bench(tmp_path) as made:
+        yield made
 
 
 @pytest.fixture(autouse=True)
@@ -260,7 +216,7 @@ async def test_bad_states(bench: Bench) -> None:
             await bench.export(weights)
         assert says in str(caught.value)
         bench.assert_sound()
-    bench.exporter._limits = Limits(max_adapter_bytes=MIB // 4, max_rank=512, max_exports=2)
+    bench.limit(max_adapter_bytes=MIB // 4, max_rank=512)
     with pytest.raises(ResourceExhausted, match="rank 512 for all its modules"):
         await bench.export(huge)
     with pytest.raises(InvalidArgument, match=r"fence\.resource"):
@@ -285,33 +241,3 @@ async def test_the_stores_refusal_of_us_is_not_the_callers(bench: Bench, monkeyp
     with pytest.raises(Unavailable) as caught:
         await bench.export(weights)
     assert "10.0.0.7" not in str(caught.value)
-
-
-async def test_peft_import(bench: Bench, tmp_path: Path) -> None:
-    shapes = dense_shapes()
-    write_adapter(tmp_path / "source", shapes, config_for(shapes, use_rslora=True))
-    expected = pack(tmp_path / "source", tmp_path / "blob")
-    write_peft_folder(tmp_path / "blob", tmp_path / "peft")
-    text = (tmp_path / "peft" / "adapter_config.json").read_text()
-    data = (tmp_path / "peft" / "adapter_model.safetensors").read_bytes()
-    name = BlobName("acme", digest_bytes(data))
-
-    async def run() -> Exported:
-        return await bench.exporter.import_revision(POLICY, name.digest, text, "")
-
-    with pytest.raises(BlobMissing, match="upload it first"):
-        await run()
-    record = await bench.catalog.stage_blob(name, len(data))
-    with pytest.raises(BlobMissing, match="upload it first"):
-        await run()
-    await bench.catalog.verify_blob(name, record.object_key)
-    with pytest.raises(BlobCorrupt, match="are gone"):
-        await run()
-    await bench.store.put_bytes(record.object_key, data)
-    with pytest.raises(LeaseHeld):
-        await run()
-    del bench.catalog.fences[POLICY]
-    assert (await run()).published.revision.publication.blob.digest == expected.digest
-    with pytest.raises(InvalidArgument, match="peft_type"):
-        await bench.exporter.import_revision(POLICY, name.digest, "{}", "")
-    bench.assert_sound()

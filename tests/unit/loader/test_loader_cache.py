@@ -280,3 +280,15 @@ async def test_many_fills_at_once_stay_within_the_bound(tmp_path: Path) -> None:
         assert cache.status.num_entries == 3
         assert cache.status.num_evictions == 27
     assert leftovers(tmp_path) == []
+
+
+async def test_one_that_waits_for_what_is_in_use_lets_others_pass(tmp_path: Path) -> None:
+    async with opened(tmp_path, max_bytes=500) as cache:
+        first = await put(cache, 1, 300)
+        async with cache.using(first):
+            large = asyncio.ensure_future(put(cache, 2, 400))
+            await asyncio.sleep(0.02)
+            small = await asyncio.wait_for(put(cache, 3, 100), 2)
+            assert small in cache
+            assert not large.done()
+        await asyncio.wait_for(large, 2)

@@ -1,15 +1,15 @@
-"""Single-flight and the priority gate."""
+"""Single-flight, and what a flight's waiters claim for it."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 
 import pytest
 
 from mint_core import calls
-from mint_core.errors import NotFound, ResourceExhausted
-from mint_loader.scheduler import Flight, PriorityGate, SharedFlights
+from mint_core.errors import NotFound
+from mint_loader.gate import FairGate, GateLimits
+from mint_loader.scheduler import Flight, SharedFlights
 
 
 async def settle() -> None:
@@ -38,7 +38,7 @@ class Work:
 async def test_500_callers_share_one_run() -> None:
     flights: SharedFlights[int] = SharedFlights()
     work = Work()
-    callers = [asyncio.ensure_future(flights.run("a", work, priority=0)) for _ in range(500)]
+    callers = [asyncio.ensure_future(flights.run("a", work, tenant="acme", priority=0)) for _ in range(500)]
     await settle()
     work.go.set()
     assert await asyncio.gather(*callers) == [1] * 500
@@ -48,7 +48,7 @@ async def test_500_callers_share_one_run() -> None:
 async def test_a_cancelled_caller_cancels_nobody_else() -> None:
     flights: SharedFlights[int] = SharedFlights()
     work = Work()
-    first, second = (asyncio.ensure_future(flights.run("a", work, priority=0)) for _ in range(2))
+    first, second = (asyncio.ensure_future(flights.run("a", work, tenant="acme", priority=0)) for _ in range(2))
     await settle()
     first.cancel()
     await settle()
@@ -60,13 +60,13 @@ async def test_a_cancelled_caller_cancels_nobody_else() -> None:
 async def test_a_flight_that_nobody_waits_for_is_dropped_and_a_newcomer_starts_afresh() -> None:
     flights: SharedFlights[int] = SharedFlights()
     work = Work()
-    only = asyncio.ensure_future(flights.run("a", work, priority=0))
+    only = asyncio.ensure_future(flights.run("a", work, tenant="acme", priority=0))
     await settle()
     only.cancel()
     await settle()
     assert len(flights) == 0
     work.go.set()
-    assert await flights.run("a", work, priority=0) == 2
+    assert await flights.run("a", work, tenant="acme", priority=0) == 2
 
 
 async def test_a_flight_under_way_is_finished_for_the_next_caller() -> None:
@@ -79,7 +79,7 @@ async def test_a_flight_under_way_is_finished_for_the_next_caller() -> None:
         ended.set()
         return 1
 
-    only = asyncio.ensure_future(flights.run("a", work, priority=0))
+    only = asyncio.ensure_future(flights.run("a", work, tenant="acme", priority=0))
     await settle()
     only.cancel()
     async with asyncio.timeout(1):
@@ -90,14 +90,14 @@ async def test_a_failure_reaches_every_waiter_and_is_not_kept() -> None:
     flights: SharedFlights[int] = SharedFlights()
     work = Work()
     work.error = NotFound("gone")
-    callers = [asyncio.ensure_future(flights.run("a", work, priority=0)) for _ in range(3)]
+    callers = [asyncio.ensure_future(flights.run("a", work, tenant="acme", priority=0)) for _ in range(3)]
     await settle()
     work.go.set()
     for caller in callers:
         with pytest.raises(NotFound, match="gone"):
             await caller
     work.error = None
-    assert await flights.run("a", work, priority=0) == 2
+    assert await flights.run("a", work, tenant="acme", priority=0) == 2
 
 
 async def test_the_first_callers_deadline_is_not_the_flights() -> None:
@@ -105,19 +105,19 @@ async def test_the_first_callers_deadline_is_not_the_flights() -> None:
     work = Work()
     work.go.set()
     with calls.inbound_call("ada", 0.5):
-        await flights.run("a", work, priority=0)
+        await flights.run("a", work, tenant="acme", priority=0)
     assert work.remaining_s is None
 
 
 async def test_the_gate_serves_higher_priority_first_and_equals_in_order() -> None:
-    gate = PriorityGate(1, max_queued=10, what="loads")
+    gate = FairGate(GateLimits(1), what="loads")
     flights: SharedFlights[int] = SharedFlights()
     order: list[str] = []
     release = asyncio.Event()
 
     def visitor(name: str, *, hold: bool = False):  # type: ignore[no-untyped-def]
         async def work(flight: Flight[int]) -> int:
-            async with gate.turn(flight):
+            async with flight.turn(gate):
                 order.append(name)
                 if hold:
                     await release.wait()
@@ -125,13 +125,13 @@ async def test_the_gate_serves_higher_priority_first_and_equals_in_order() -> No
 
         return work
 
-    tasks = [asyncio.ensure_future(flights.run("first", visitor("first", hold=True), priority=0))]
+    tasks = [asyncio.ensure_future(flights.run("first", visitor("first", hold=True), tenant="acme", priority=0))]
     await settle()
     for name, priority in (("low1", 0), ("low2", 0), ("high", 5)):
-        tasks.append(asyncio.ensure_future(flights.run(name, visitor(name), priority=priority)))
+        tasks.append(asyncio.ensure_future(flights.run(name, visitor(name), tenant="acme", priority=priority)))
     await settle()
     # A second, more urgent caller of low2 pulls it in front of everybody.
-    tasks.append(asyncio.ensure_future(flights.run("low2", visitor("never"), priority=9)))
+    tasks.append(asyncio.ensure_future(flights.run("low2", visitor("never"), tenant="acme", priority=9)))
     await settle()
     assert gate.num_queued == 3
     release.set()
@@ -140,44 +140,35 @@ async def test_the_gate_serves_higher_priority_first_and_equals_in_order() -> No
     assert gate.num_queued == 0
 
 
-async def test_the_gate_refuses_when_its_queue_is_full_and_forgets_the_cancelled() -> None:
-    gate = PriorityGate(1, max_queued=1, what="loads")
-    holding, waiting = Flight[int](0, ""), Flight[int](0, "")
+async def test_a_second_tenants_claim_pulls_a_shared_flight_out_of_the_firsts_queue() -> None:
+    gate = FairGate(GateLimits(1, burst=0.0), what="loads")
+    inner: SharedFlights[int] = SharedFlights()
+    outer: SharedFlights[int] = SharedFlights()
+    order: list[str] = []
+    release = asyncio.Event()
 
-    async def stay(flight: Flight[int], until: asyncio.Event) -> None:
-        async with gate.turn(flight):
-            await until.wait()
+    def visitor(name: str):  # type: ignore[no-untyped-def]
+        async def fetch(flight: Flight[int]) -> int:
+            async with flight.turn(gate):
+                order.append(name)
+                await release.wait()
+            return 0
 
-    until = asyncio.Event()
-    first = asyncio.ensure_future(stay(holding, until))
-    second = asyncio.ensure_future(stay(waiting, until))
+        async def load(flight: Flight[int]) -> int:
+            return await inner.run(name, fetch, tenant="greedy", priority=0, parent=flight)
+
+        return load
+
+    greedy = [
+        asyncio.ensure_future(outer.run(name, visitor(name), tenant="greedy", priority=0))
+        for name in ("a", "b", "c", "d", "e")
+    ]
     await settle()
-    with pytest.raises(ResourceExhausted, match="1 loads wait already"):
-        await stay(Flight(0, ""), until)
-    second.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await second
-    assert gate.num_queued == 0
-    until.set()
-    await first
-    await stay(Flight(0, ""), until)  # the place came back
-
-
-async def test_a_place_granted_to_a_caller_cancelled_in_that_moment_is_handed_on() -> None:
-    gate = PriorityGate(1, max_queued=5, what="loads")
-    until = asyncio.Event()
-    reached: list[str] = []
-
-    async def stay(name: str) -> None:
-        async with gate.turn(Flight(0, "")):
-            reached.append(name)
-            await until.wait()
-
-    first, second, third = (asyncio.ensure_future(stay(name)) for name in ("first", "second", "third"))
+    modest = asyncio.ensure_future(outer.run("e", visitor("e"), tenant="modest", priority=0))
     await settle()
-    until.set()
-    await first  # grants the place to second, whose task has not run yet
-    second.cancel()
-    await third
-    assert reached in (["first", "third"], ["first", "second", "third"])
+    assert [(each.tenant, each.num_queued) for each in gate.tenants()] == [("greedy", 4), ("modest", 1)]
+    release.set()
+    await asyncio.gather(*greedy, modest)
+    assert order == ["a", "b", "e", "c", "d"] or order == ["a", "e", "b", "c", "d"]
     assert gate.num_queued == 0
+    assert gate.num_running == 0

@@ -24,7 +24,10 @@ class _Engine:
         self.is_away = False
         self.num_looks = 0
 
-    async def load(self, digest: str, folder: str, *, into_slot: bool, timeout_s: float) -> EngineLoad:
+    async def load(self, digest: str, folder: str, *, into_slot: bool, pinned: bool, timeout_s: float) -> EngineLoad:
+        raise NotImplementedError
+
+    async def unpin(self, digest: str, *, timeout_s: float) -> None:
         raise NotImplementedError
 
     async def resident(self, *, timeout_s: float) -> Resident:

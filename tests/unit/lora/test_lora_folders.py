@@ -102,7 +102,8 @@ def test_import_resolves_patterns_as_peft_does(tmp_path: Path) -> None:
         ("bias", "all"),
         ("lora_bias", True),
         ("modules_to_save", ["lm_head"]),
-        ("target_parameters", ["mlp.experts.down_proj"]),
+        ("target_parameters", "mlp.experts.down_proj"),
+        ("target_parameters", [1]),
         ("fan_in_fan_out", True),
         ("layer_replication", [[0, 1]]),
         ("trainable_token_indices", [1]),
@@ -136,7 +137,42 @@ def test_pickles_are_refused_by_name(tmp_path: Path) -> None:
         (folder / name).unlink()
 
 
-@pytest.mark.parametrize("text", [b"", b"[]", b"\xff\xfe", b'{"r": Infinity}', b"[" * 100_000])
+def test_links_and_long_files_are_refused(blob: Path, tmp_path: Path) -> None:
+    write_peft_folder(blob, tmp_path / "peft")
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        kept = tmp_path / "elsewhere"
+        (tmp_path / "peft" / name).rename(kept)
+        (tmp_path / "peft" / name).symlink_to(kept)
+        with pytest.raises(InvalidArgument, match=f"{name} is a link"):
+            _import(tmp_path / "peft")
+        (tmp_path / "peft" / name).unlink()
+        kept.rename(tmp_path / "peft" / name)
+    _import(tmp_path / "peft")
+    with (tmp_path / "peft" / "adapter_config.json").open("ab") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(InvalidArgument, match=r"adapter_config\.json has 1099511627776 bytes"):
+        _import(tmp_path / "peft")
+
+
+def test_modules_of_another_family_are_refused(tmp_path: Path) -> None:
+    shapes = dense_shapes()
+    write_adapter(tmp_path / "source", shapes, config_for(shapes))
+    pack(tmp_path / "source", tmp_path / "blob")
+    write_peft_folder(tmp_path / "blob", tmp_path / "peft")
+
+    def read(architecture: str) -> AdapterConfig:
+        return read_peft_folder(
+            tmp_path / "peft", base_model="tiny", base_digest=BASE_DIGEST, architecture=architecture
+        )[1]
+
+    assert read("LlamaForCausalLM") == read("Qwen3ForCausalLM") == read("NeverHeardOfForCausalLM") == read("")
+    with pytest.raises(InvalidArgument, match=r"self_attn\.k_proj' is not in models of the DeepSeek-V2/V3 family"):
+        read("DeepseekV3ForCausalLM")
+    with pytest.raises(InvalidArgument, match=r"mlp\.down_proj' is not in models of the Mixtral family"):
+        read("MixtralForCausalLM")
+
+
+@pytest.mark.parametrize("text", [b"", b"[]", b'{"r": 1, "r": 2}', b"\xff\xfe", b'{"r": Infinity}', b"[" * 100_000])
 def test_bad_adapter_config(blob: Path, tmp_path: Path, text: bytes) -> None:
     write_peft_folder(blob, tmp_path / "peft")
     (tmp_path / "peft" / "adapter_config.json").write_bytes(text)

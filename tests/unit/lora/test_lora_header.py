@@ -69,7 +69,10 @@ def test_reads_what_the_library_writes(tmp_path: Path) -> None:
         (b"{]", b"", "not JSON"),
         (b'{"a":NaN}', b"", "not JSON"),
         (b'{"\xff":1}', b"", "not JSON"),
-        (b"{" + b'"a":[' * 5000 + b"}", b"", "not JSON"),
+        (b"{" + b'"a":[' * 990 + b"}", b"", "not JSON"),
+        (b"{" + b'"a":[' * 5000 + b"}", b"", "brackets and commas for 0 tensors"),
+        (b'{"a":[' + b"0," * 5000 + b"0]}", b"", "brackets and commas for 0 tensors"),
+        (b'{"\\"":0,' + b'"a":1,' * 5000 + b'"b":"c"}', b"", "brackets and commas for 0 tensors"),
         (b'{"a":' + b"9" * 5000 + b"}", b"", "not JSON"),
         (b'{"a":1,"a":2}', b"", "'a' twice"),
         ({"__metadata__": {"a": 1}}, b"", "__metadata__"),
@@ -103,6 +106,12 @@ def test_reads_what_the_library_writes(tmp_path: Path) -> None:
 )
 def test_defects(tmp_path: Path, header: Any, data: bytes, says: str) -> None:
     assert says in _refused(_file(tmp_path / "adapter.safetensors", header, data))
+
+
+def test_text_in_metadata_may_have_any_marks(tmp_path: Path) -> None:
+    for text in ("[{,}]" * 5000, '\\"[,' * 5000, "\\" * 5001 + "," * 5000):
+        header = {"__metadata__": {"text": text}, "t": _tensor()}
+        assert read_header(_file(tmp_path / "f", header, b"1234")).metadata == {"text": text}
 
 
 def test_other_formats_are_refused_by_name(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import mint_core
 import mint_lora
 from mint_core.errors import BaseModelMismatch, InvalidArgument, ResourceExhausted
-from mint_lora.config import LAYOUT_PACKED, LAYOUT_PEFT, METADATA_KEY
+from mint_lora.config import LAYOUT_PACKED, LAYOUT_PARAMETERS, LAYOUT_PEFT, LAYOUT_SHARED_OUTER, METADATA_KEY
 from mint_lora.layouts import LAYOUTS, layout_named
 from mint_lora.packing import pack, unpack
 from mint_lora.tensors import TensorFile, TensorSource, write_safetensors
@@ -201,7 +201,8 @@ E1 = f"{PREFIX}model.layers.0.mlp.experts.1.up_proj"
         ({f"{Q0}.lora_A.weight": _f32(4)}, "expected 2 dimensions"),
         ({f"{Q0}.lora_A.weight": _f32(4, 0)}, "expected 2 dimensions"),
         ({f"{Q0}.lora_A.weight": _f32(1, 4, 12), f"{Q0}.lora_B.weight": _f32(1, 12, 4)}, "expected 2 dimensions"),
-        ({f"{Q0}.lora_A.weight": TensorSource.of(np.ones((4, 12), np.float16))}, "the configuration says float32"),
+        ({f"{Q0}.lora_A.weight": TensorSource.of(np.ones((4, 12), np.float64))}, "the configuration says float32"),
+        ({f"{Q0}.lora_A.weight": TensorSource.of(np.ones((4, 12), np.int32))}, "the configuration says float32"),
         ({f"{Q0}.lora_A.default.weight": _f32(4, 12)}, "no LoRA matrix"),
         ({f"{Q0}.lora_magnitude_vector": _f32(4)}, "no LoRA matrix"),
         ({"../../etc/passwd": _f32(1)}, "no LoRA matrix"),
@@ -275,7 +276,7 @@ def test_unpack_takes_packed_blobs_only(tmp_path: Path) -> None:
     with pytest.raises(InvalidArgument, match="expected 'packed-1'"):
         unpack(tmp_path / "source", tmp_path / "out", LAYOUT_PEFT)
     pack(tmp_path / "source", tmp_path / "blob")
-    with pytest.raises(InvalidArgument, match="known are packed-1, peft-1"):
+    with pytest.raises(InvalidArgument, match="known are packed-1, peft-1, peft-parameters-1, shared-outer-1"):
         unpack(tmp_path / "blob", tmp_path / "out", "packed-9")
 
 
@@ -286,5 +287,5 @@ def test_packing_a_blob_again_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_the_registry_knows_its_layouts_by_name() -> None:
-    assert set(LAYOUTS) == {LAYOUT_PEFT, LAYOUT_PACKED}
+    assert set(LAYOUTS) == {LAYOUT_PEFT, LAYOUT_PARAMETERS, LAYOUT_PACKED, LAYOUT_SHARED_OUTER}
     assert all(layout_named(name).name == name for name in LAYOUTS)

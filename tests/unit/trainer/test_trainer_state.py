@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
@@ -28,9 +29,11 @@ from mint_core.errors import (
     WrongState,
 )
 from mint_core.names import PolicyName, SessionName
-from mint_lora import AdapterConfig, pack
+from mint_lora import AdapterConfig, TensorFile, pack
+from mint_lora.dtypes import from_float32
 from mint_trainer.base import ResidentBase
 from mint_trainer.batch import BatchLimits, Datum
+from mint_trainer.choices import Dtype
 from mint_trainer.ledger import LedgerContents
 from mint_trainer.optimizer import AdamWConfig
 from mint_trainer.recipe import AdapterRecipe
@@ -114,6 +117,40 @@ async def test_continuing_after_restore_equals_never_having_stopped(
         results.append((step.loss_sum, step.logprobs, done.grad_norm, done.step, after.weights, after.optimizer))
     assert results[0] == results[1]
     assert results[0][3] == 2
+
+
+@pytest.mark.parametrize(("dtype", "stored"), [("float32", "F32"), ("bfloat16", "BF16")])
+async def test_a_state_for_export_is_the_weights_alone_in_the_bases_type(
+    base_folder: Path,
+    limits: BatchLimits,
+    store: MemoryObjectStore,
+    make_data: MakeData,
+    tmp_path: Path,
+    dtype: Dtype,
+    stored: str,
+) -> None:
+    thread = TorchThread(1)
+    base = ResidentBase.load(base_folder, model_id="tiny", dtype=dtype)
+    sessions = Sessions(base, store, thread, limits, LIMITS, tmp_path)
+    whole = await begin(sessions, make_data)
+    saved = await sessions.save_state(NAME, "", "r", 7, for_export=True)
+    assert (saved.weights_key, saved.optimizer_key) == ("tenants/acme/states/tone/r/00000001-7/export.safetensors", "")
+    keys = [info.key async for info in store.list("tenants/acme/states/")]
+    assert sorted(keys) == sorted([whole.optimizer_key, whole.weights_key, saved.weights_key])
+    path, exported = tmp_path / "whole", tmp_path / "exported"
+    await store.get_file(whole.weights_key, path, digest=whole.weights.digest)
+    await store.get_file(saved.weights_key, exported, digest=saved.weights.digest)
+    with TensorFile(path) as one, TensorFile(exported) as other:
+        assert other.header.tensors.keys() == one.header.tensors.keys()
+        assert AdapterConfig.from_metadata(other.header.metadata, file_name="exported").dtype == dtype
+        for name, info in other.header.tensors.items():
+            assert info.dtype == stored
+            assert np.array_equal(other.array(name), from_float32(one.array(name), stored))
+    with pytest.raises(InvalidArgument, match="optimizer"):
+        await sessions.load_state(NAME, saved, weights_only=False)
+    path.unlink()
+    exported.unlink()
+    thread.close()
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])

@@ -26,7 +26,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from mint_api.v1 import common_pb2 as mint_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$mint/v1/engine_replica_service.proto\x12\x07mint.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x14mint/v1/common.proto\"\xbd\x02\n\rEngineReplica\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x12\n\nbase_model\x18\x03 \x01(\t\x12#\n\x08numerics\x18\x04 \x01(\x0b\x32\x11.mint.v1.Numerics\x12\x1b\n\x13max_loaded_adapters\x18\x05 \x01(\x05\x12\x11\n\tnum_slots\x18\x06 \x01(\x05\x12\x15\n\rmax_lora_rank\x18\x07 \x01(\x05\x12\x16\n\x0e\x63ontext_length\x18\x08 \x01(\x05\x12*\n\x05state\x18\t \x01(\x0e\x32\x1b.mint.v1.EngineReplicaState\x12\x31\n\rregister_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x16\n\x0eloader_address\x18\x0b \x01(\t\"\'\n\x17GetEngineReplicaRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"J\n\x18GetEngineReplicaResponse\x12.\n\x0e\x65ngine_replica\x18\x01 \x01(\x0b\x32\x16.mint.v1.EngineReplica\"/\n\x19ListEngineReplicasRequest\x12\x12\n\nbase_model\x18\x01 \x01(\t\"g\n\x1aListEngineReplicasResponse\x12/\n\x0f\x65ngine_replicas\x18\x01 \x03(\x0b\x32\x16.mint.v1.EngineReplica\x12\x18\n\x10\x63\x61talog_revision\x18\x02 \x01(\x03*\x9c\x01\n\x12\x45ngineReplicaState\x12$\n ENGINE_REPLICA_STATE_UNSPECIFIED\x10\x00\x12\x1e\n\x1a\x45NGINE_REPLICA_STATE_READY\x10\x01\x12!\n\x1d\x45NGINE_REPLICA_STATE_DRAINING\x10\x02\x12\x1d\n\x19\x45NGINE_REPLICA_STATE_SICK\x10\x03\x32\xce\x01\n\x14\x45ngineReplicaService\x12W\n\x10GetEngineReplica\x12 .mint.v1.GetEngineReplicaRequest\x1a!.mint.v1.GetEngineReplicaResponse\x12]\n\x12ListEngineReplicas\x12\".mint.v1.ListEngineReplicasRequest\x1a#.mint.v1.ListEngineReplicasResponseB$Z\"mint.dev/api/gen/go/mint/v1;mintv1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$mint/v1/engine_replica_service.proto\x12\x07mint.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x14mint/v1/common.proto\"\xdb\x02\n\rEngineReplica\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x12\n\nbase_model\x18\x03 \x01(\t\x12#\n\x08numerics\x18\x04 \x01(\x0b\x32\x11.mint.v1.Numerics\x12\x1b\n\x13max_loaded_adapters\x18\x05 \x01(\x05\x12\x11\n\tnum_slots\x18\x06 \x01(\x05\x12\x15\n\rmax_lora_rank\x18\x07 \x01(\x05\x12\x16\n\x0e\x63ontext_length\x18\x08 \x01(\x05\x12*\n\x05state\x18\t \x01(\x0e\x32\x1b.mint.v1.EngineReplicaState\x12\x31\n\rregister_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x16\n\x0eloader_address\x18\x0b \x01(\t\x12\x1c\n\x14max_running_requests\x18\x0c \x01(\x05\"\'\n\x17GetEngineReplicaRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"J\n\x18GetEngineReplicaResponse\x12.\n\x0e\x65ngine_replica\x18\x01 \x01(\x0b\x32\x16.mint.v1.EngineReplica\"/\n\x19ListEngineReplicasRequest\x12\x12\n\nbase_model\x18\x01 \x01(\t\"g\n\x1aListEngineReplicasResponse\x12/\n\x0f\x65ngine_replicas\x18\x01 \x03(\x0b\x32\x16.mint.v1.EngineReplica\x12\x18\n\x10\x63\x61talog_revision\x18\x02 \x01(\x03*\x9c\x01\n\x12\x45ngineReplicaState\x12$\n ENGINE_REPLICA_STATE_UNSPECIFIED\x10\x00\x12\x1e\n\x1a\x45NGINE_REPLICA_STATE_READY\x10\x01\x12!\n\x1d\x45NGINE_REPLICA_STATE_DRAINING\x10\x02\x12\x1d\n\x19\x45NGINE_REPLICA_STATE_SICK\x10\x03\x32\xce\x01\n\x14\x45ngineReplicaService\x12W\n\x10GetEngineReplica\x12 .mint.v1.GetEngineReplicaRequest\x1a!.mint.v1.GetEngineReplicaResponse\x12]\n\x12ListEngineReplicas\x12\".mint.v1.ListEngineReplicasRequest\x1a#.mint.v1.ListEngineReplicasResponseB$Z\"mint.dev/api/gen/go/mint/v1;mintv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,18 +34,18 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'mint.v1.engine_replica_serv
 if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'Z\"mint.dev/api/gen/go/mint/v1;mintv1'
-  _globals['_ENGINEREPLICASTATE']._serialized_start=696
-  _globals['_ENGINEREPLICASTATE']._serialized_end=852
+  _globals['_ENGINEREPLICASTATE']._serialized_start=726
+  _globals['_ENGINEREPLICASTATE']._serialized_end=882
   _globals['_ENGINEREPLICA']._serialized_start=105
-  _globals['_ENGINEREPLICA']._serialized_end=422
-  _globals['_GETENGINEREPLICAREQUEST']._serialized_start=424
-  _globals['_GETENGINEREPLICAREQUEST']._serialized_end=463
-  _globals['_GETENGINEREPLICARESPONSE']._serialized_start=465
-  _globals['_GETENGINEREPLICARESPONSE']._serialized_end=539
-  _globals['_LISTENGINEREPLICASREQUEST']._serialized_start=541
-  _globals['_LISTENGINEREPLICASREQUEST']._serialized_end=588
-  _globals['_LISTENGINEREPLICASRESPONSE']._serialized_start=590
-  _globals['_LISTENGINEREPLICASRESPONSE']._serialized_end=693
-  _globals['_ENGINEREPLICASERVICE']._serialized_start=855
-  _globals['_ENGINEREPLICASERVICE']._serialized_end=1061
+  _globals['_ENGINEREPLICA']._serialized_end=452
+  _globals['_GETENGINEREPLICAREQUEST']._serialized_start=454
+  _globals['_GETENGINEREPLICAREQUEST']._serialized_end=493
+  _globals['_GETENGINEREPLICARESPONSE']._serialized_start=495
+  _globals['_GETENGINEREPLICARESPONSE']._serialized_end=569
+  _globals['_LISTENGINEREPLICASREQUEST']._serialized_start=571
+  _globals['_LISTENGINEREPLICASREQUEST']._serialized_end=618
+  _globals['_LISTENGINEREPLICASRESPONSE']._serialized_start=620
+  _globals['_LISTENGINEREPLICASRESPONSE']._serialized_end=723
+  _globals['_ENGINEREPLICASERVICE']._serialized_start=885
+  _globals['_ENGINEREPLICASERVICE']._serialized_end=1091
 # @@protoc_insertion_point(module_scope)

@@ -66,6 +66,7 @@ class EngineReplica(_message.Message):
     STATE_FIELD_NUMBER: _builtins.int
     REGISTER_TIME_FIELD_NUMBER: _builtins.int
     LOADER_ADDRESS_FIELD_NUMBER: _builtins.int
+    MAX_RUNNING_REQUESTS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """engineReplicas/{engine_replica}"""
     address: _builtins.str
@@ -84,6 +85,8 @@ class EngineReplica(_message.Message):
     """State."""
     loader_address: _builtins.str
     """Address of the loader on the same node."""
+    max_running_requests: _builtins.int
+    """Requests in a batch; those beyond wait in the engine. 0 is not known."""
     @_builtins.property
     def numerics(self) -> _common_pb2.Numerics:
         """Its arithmetic."""
@@ -106,10 +109,11 @@ class EngineReplica(_message.Message):
         state: Global___EngineReplicaState.ValueType = ...,
         register_time: _timestamp_pb2.Timestamp | None = ...,
         loader_address: _builtins.str = ...,
+        max_running_requests: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["numerics", b"numerics", "register_time", b"register_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "base_model", b"base_model", "context_length", b"context_length", "loader_address", b"loader_address", "max_loaded_adapters", b"max_loaded_adapters", "max_lora_rank", b"max_lora_rank", "name", b"name", "num_slots", b"num_slots", "numerics", b"numerics", "register_time", b"register_time", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "base_model", b"base_model", "context_length", b"context_length", "loader_address", b"loader_address", "max_loaded_adapters", b"max_loaded_adapters", "max_lora_rank", b"max_lora_rank", "max_running_requests", b"max_running_requests", "name", b"name", "num_slots", b"num_slots", "numerics", b"numerics", "register_time", b"register_time", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -80,6 +80,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """DATA_LOSS. A stored object lost its digest; metadata: digest, object_key."""
     ERROR_REASON_GATE_NOT_MET: _ErrorReason.ValueType  # 28
     """FAILED_PRECONDITION. An alias's gate is not met; metadata: resource, condition, expected, actual."""
+    ERROR_REASON_SIGNATURE_REQUIRED: _ErrorReason.ValueType  # 29
+    """FAILED_PRECONDITION. The tenant's adapters must be signed on this node, this one is not; metadata: digest, tenant."""
+    ERROR_REASON_SIGNATURE_INVALID: _ErrorReason.ValueType  # 30
+    """FAILED_PRECONDITION. No key that the node trusts for the tenant signed this adapter; metadata: digest, tenant."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """The machine-readable reason of an error. Every error of every RPC carries one google.rpc.ErrorInfo whose
@@ -148,4 +152,8 @@ ERROR_REASON_BLOB_CORRUPT: ErrorReason.ValueType  # 27
 """DATA_LOSS. A stored object lost its digest; metadata: digest, object_key."""
 ERROR_REASON_GATE_NOT_MET: ErrorReason.ValueType  # 28
 """FAILED_PRECONDITION. An alias's gate is not met; metadata: resource, condition, expected, actual."""
+ERROR_REASON_SIGNATURE_REQUIRED: ErrorReason.ValueType  # 29
+"""FAILED_PRECONDITION. The tenant's adapters must be signed on this node, this one is not; metadata: digest, tenant."""
+ERROR_REASON_SIGNATURE_INVALID: ErrorReason.ValueType  # 30
+"""FAILED_PRECONDITION. No key that the node trusts for the tenant signed this adapter; metadata: digest, tenant."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

@@ -611,22 +611,26 @@ class SaveStateRequest(_message.Message):
     SESSION_FIELD_NUMBER: _builtins.int
     RUN_FIELD_NUMBER: _builtins.int
     FENCE_FIELD_NUMBER: _builtins.int
+    FOR_EXPORT_FIELD_NUMBER: _builtins.int
     session: _builtins.str
     """tenants/{tenant}/sessions/{session}"""
     run: _builtins.str
     """Run the state belongs to (a run name), part of the object keys; empty uses the session's id."""
     fence: _builtins.int
     """Fence of the caller's lease, part of the object keys."""
+    for_export: _builtins.bool
+    """Only what an export needs: the weights, in the base's compute type. Faster, and nothing can be resumed from it."""
     def __init__(
         self,
         *,
         session: _builtins.str = ...,
         run: _builtins.str = ...,
         fence: _builtins.int = ...,
+        for_export: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["fence", b"fence", "run", b"run", "session", b"session"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fence", b"fence", "for_export", b"for_export", "run", b"run", "session", b"session"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

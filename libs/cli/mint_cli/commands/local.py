@@ -44,6 +44,7 @@ def up(
     base: Annotated[str, typer.Option(help="Base model: a name, a local folder or a hub id.")] = DEFAULT_MODEL,
     dtype: Annotated[Dtype, typer.Option(help="Compute type of the base.")] = Dtype.FLOAT32,
     max_lora_rank: Annotated[int, typer.Option(min=1, max=512, help="Highest rank that the engine serves.")] = 16,
+    replicas: Annotated[int, typer.Option(min=1, max=8, help="Engines, each with its own loader.")] = 1,
     foreground: Annotated[bool, typer.Option("--foreground", help="Stay, until Ctrl-C stops everything.")] = False,
     timeout_s: Annotated[float, typer.Option(min=1, help="How long the start may take, in seconds.")] = 600.0,
     state_path: StateDirOption = None,
@@ -59,10 +60,11 @@ def up(
         return
     progress = progress_console()
     model = fetch_model(base, notify=lambda text: progress.print(text))
+    options = UpOptions(dtype.value, max_lora_rank, replicas)
     if foreground:
-        _supervise(state, model, UpOptions(dtype, max_lora_rank), timeout_s)
+        _supervise(state, model, options, timeout_s)
         return
-    process = _detach(state, model, dtype, max_lora_rank, timeout_s)
+    process = _detach(state, model, options, timeout_s)
     _report(_wait_ready(state, process, timeout_s), state, json_output)
 
 
@@ -146,9 +148,7 @@ def _supervise(state: StateDir, model: LocalModel, options: UpOptions, timeout_s
         asyncio.run(run())
 
 
-def _detach(
-    state: StateDir, model: LocalModel, dtype: Dtype, max_lora_rank: int, timeout_s: float
-) -> subprocess.Popen[bytes]:
+def _detach(state: StateDir, model: LocalModel, options: UpOptions, timeout_s: float) -> subprocess.Popen[bytes]:
     """Start a supervisor that outlives this process and its terminal."""
     leftover = state.snapshot()
     if leftover is not None:
@@ -161,8 +161,9 @@ def _detach(
                 *("--state-dir", str(state.path)),
                 # Of a cached model its name, so that the supervisor checks it against its record again.
                 *("--base", str(model.folder)),
-                *("--dtype", dtype.value),
-                *("--max-lora-rank", str(max_lora_rank)),
+                *("--dtype", options.dtype),
+                *("--max-lora-rank", str(options.max_lora_rank)),
+                *("--replicas", str(options.replicas)),
                 *("--timeout-s", str(timeout_s)),
             ],
             stdin=subprocess.DEVNULL,

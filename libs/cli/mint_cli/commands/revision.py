@@ -8,15 +8,20 @@ from typing import Annotated
 import typer
 
 from mint_api.v1 import revision_service_pb2
+from mint_cli.commands import revision_files
 from mint_cli.endpoints import find_endpoints, state_dir
 from mint_cli.options import CatalogOption, JsonOption, StateDirOption
-from mint_cli.output import print_json, print_table, to_plain
+from mint_cli.output import flatten, print_json, print_pairs, print_table, to_plain
 from mint_cli.references import policy_name, revision_name, short
 from mint_client import MintClient
 
 __all__ = ["app"]
 
 app = typer.Typer(no_args_is_help=True, help="Revisions: immutable exports of a policy.")
+
+app.command(name="import")(revision_files.import_)
+app.command(name="export")(revision_files.export)
+app.command(name="diff")(revision_files.diff)
 
 
 @app.callback()
@@ -65,6 +70,28 @@ def list_(
 
 RevisionArgument = Annotated[str, typer.Argument(help="tenant/policy@NUMBER")]
 EtagOption = Annotated[str, typer.Option(help="Fail with ETAG_MISMATCH unless the revision still has it.")]
+
+
+@app.command()
+def show(
+    revision: RevisionArgument,
+    catalog: CatalogOption = "",
+    state_path: StateDirOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Show a revision: its blob, where it came from, who signed it."""
+    name = str(revision_name(revision))
+    endpoints = find_endpoints(state_dir(state_path), catalog=catalog, needed=("catalog",))
+
+    async def call() -> revision_service_pb2.Revision:
+        async with MintClient(endpoints) as client:
+            return await client.revisions.get(name)
+
+    plain = to_plain(asyncio.run(call()))
+    if json_output:
+        print_json(plain)
+    else:
+        print_pairs([(key, value) for key, value in flatten(plain) if value not in ("", None)])
 
 
 @app.command()

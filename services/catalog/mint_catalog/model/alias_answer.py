@@ -6,7 +6,8 @@ Resolve is the call that all others wait for, so this is written out instead of 
 
 from __future__ import annotations
 
-from mint_api.v1 import alias_service_pb2
+from typing import Any
+
 from mint_catalog.model.codec import FOLDED, from_message
 from mint_catalog.model.folding import fold_alias, unfolded_resolution
 from mint_catalog.model.records import Alias, Canary, Resolution
@@ -15,9 +16,12 @@ from mint_core.names import AliasName
 __all__ = ["decode_alias_answer"]
 
 
-def decode_alias_answer(value: bytes, name: AliasName) -> Alias:
-    """The alias without ``active``, ``history``, ``policy_uid``, ``update_time``, ``gate`` and ``mod_revision``."""
-    message = alias_service_pb2.Alias.FromString(value)
+def decode_alias_answer(message_type: Any, value: bytes, name: AliasName) -> Alias:
+    """The alias without ``active``, ``history``, ``policy_uid``, ``update_time``, ``gate`` and ``mod_revision``.
+
+    ``message_type`` is ``mint.v1.Alias``, whose bytes ``value`` is.
+    """
+    message = message_type.FromString(value)
     if message.name == FOLDED:
         is_plain = not any(map(message.HasField, ("canary", "canary_resolution")))
         if is_plain and message.HasField("resolution") and not message.resolution.HasField("signature"):

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from mint_blobs.keys import check_key
-from mint_catalog.model.records import Lineage, LoraConfig, Policy, PolicyState
+from mint_catalog.model.records import AdapterSignature, Lineage, LoraConfig, Policy, PolicyState
 from mint_core.errors import InvalidArgument, NotFound, WrongState
 from mint_core.names import PolicyName, RevisionName, RunName, check_digest, check_id
 
@@ -23,6 +23,7 @@ __all__ = [
     "check_object_key",
     "check_own_revision",
     "check_range",
+    "check_signature",
     "check_text",
     "check_ttl",
     "live_policy",
@@ -38,6 +39,7 @@ _MODULE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 _HOLDER = re.compile(r"[!-~]{8,64}")
 _MIN_TTL_S = 2
 _MAX_TTL_S = 3600
+_SIGNATURE_BYTES = 64
 
 
 def not_found(resource: object, hint: str = "") -> NotFound:
@@ -142,12 +144,24 @@ def check_lineage(policy: PolicyName, lineage: Lineage, *, field: str) -> RunNam
     if lineage.data_digest:
         check_digest(lineage.data_digest, field=f"{field}.data_digest")
     check_text(lineage.code_version, field=f"{field}.code_version", max_chars=128)
+    check_text(lineage.recipe, field=f"{field}.recipe", max_chars=64)
     if not lineage.run:
         return None
     run = RunName.parse(lineage.run, field=f"{field}.run")
     if run.tenant != policy.tenant:
         raise InvalidArgument(f"{field}.run is {run}: it must belong to tenants/{policy.tenant}", field=f"{field}.run")
     return run
+
+
+def check_signature(signature: AdapterSignature, *, field: str) -> AdapterSignature:
+    """The form of a signature; whether it holds is for the nodes that load the adapter."""
+    check_digest(signature.key_id, field=f"{field}.key_id")
+    if len(signature.value) != _SIGNATURE_BYTES:
+        raise InvalidArgument(
+            f"{field}.value has {len(signature.value)} bytes: an ed25519 signature has {_SIGNATURE_BYTES}",
+            field=f"{field}.value",
+        )
+    return signature
 
 
 def check_holder(holder: str, *, field: str = "holder") -> str:

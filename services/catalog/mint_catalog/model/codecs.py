@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from google.rpc import status_pb2
@@ -152,7 +153,7 @@ class MessageCodecs:
         """The store's half of them."""
         return Codecs(
             alias=self.alias,
-            alias_answer=decode_alias_answer,
+            alias_answer=partial(decode_alias_answer, alias_service_pb2.Alias),
             base_model=self.base_model,
             blob=self.blob,
             engine=self.engine,

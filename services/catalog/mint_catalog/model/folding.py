@@ -114,6 +114,11 @@ def _swap_lora(message: Any) -> None:
         _swap(message.lora, "alpha", 2.0 * message.lora.rank)
 
 
+def _swap_signature(message: Any) -> None:
+    if message.HasField("signature"):
+        message.signature.key_id = _swap_digest(message.signature.key_id)
+
+
 def fold_policy(message: Any, _name: PolicyName) -> None:
     """Fold or unfold a ``mint.v1.Policy`` in place."""
     message.uid = _swap_uid(message.uid)
@@ -136,6 +141,7 @@ def fold_revision(message: Any, name: RevisionName) -> None:
         lineage.parent_revision = _swap_last(lineage.parent_revision, policy)
         lineage.run = _swap_last(lineage.run, f"tenants/{name.tenant}/runs/")
         lineage.data_digest = _swap_digest(lineage.data_digest)
+    _swap_signature(message)
     _swap(message, "number", name.number)
     _swap(message, "state", _READY)
     _swap_lora(message)
@@ -195,6 +201,7 @@ def _swap_resolution(resolution: Any, target: Any, name: AliasName) -> None:
     policy = f"tenants/{name.tenant}/policies/{name.policy}"
     _swap(resolution, "revision", f"{policy}/revisions/{target.revision_number}")
     resolution.base_digest = _swap_digest(resolution.base_digest)
+    _swap_signature(resolution)
     resolution.object_key = _swap_object_key(resolution.object_key, name.tenant, target.digest)
     if resolution.HasField("blob"):
         _swap(resolution.blob, "digest", target.digest)

@@ -11,7 +11,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from mint_catalog.model.checks import check_lineage, check_lora, check_range, check_text, live_policy, not_found
+from mint_catalog.model.checks import (
+    check_lineage,
+    check_lora,
+    check_range,
+    check_signature,
+    check_text,
+    live_policy,
+    not_found,
+)
 from mint_catalog.model.records import (
     Alias,
     BlobRef,
@@ -94,6 +102,7 @@ class Revisions:
         lora = check_lora(wanted.lora, field="revision.lora")
         check_range(wanted.num_tensors, field="revision.num_tensors", least=0)
         check_text(wanted.layout, field="revision.layout", max_chars=64)
+        signature = check_signature(wanted.signature, field="revision.signature") if wanted.signature else None
         _check_proof(fence, unfenced)
         tables = self._tables
         head_ref, lease_ref, blob_ref = tables.policy(policy), tables.lease(policy), tables.blob(blob_name)
@@ -133,6 +142,7 @@ class Revisions:
                 state=RevisionState.READY,
                 publish_time=now(),
                 object_key=record.object_key,
+                signature=signature,
             )
             draft.put(head_ref, replace(head, next_revision_number=number + 1, update_time=revision.publish_time))
             draft.hold(blob_ref)  # publications of one blob do not conflict; a condemnation under way loses

@@ -116,7 +116,7 @@ def _resolution(record: Resolution) -> Any:
     if record.split is not None:
         return to_message(record, pb.Resolution)
     # Written out: the conversion by plan takes several times as long, and this is the call that all others wait for.
-    blob = record.blob
+    blob, signature = record.blob, record.signature
     return pb.Resolution(
         revision=record.revision,
         blob=common_pb2.BlobRef(digest=blob.digest, size_bytes=blob.size_bytes) if blob else None,
@@ -125,4 +125,5 @@ def _resolution(record: Resolution) -> Any:
         base_digest=record.base_digest,
         canary=record.canary,
         catalog_revision=record.catalog_revision,
+        signature=to_message(signature, common_pb2.AdapterSignature) if signature else None,
     )

@@ -61,6 +61,9 @@ class RegistryServicer(registry_grpc.RegistryServiceServicer):
                     blob=to_message(each.blob, common_pb2.BlobRef),
                     object_key=each.object_key,
                     base_digest=each.base_digest,
+                    signature=(
+                        to_message(each.signature, common_pb2.AdapterSignature) if each.signature is not None else None
+                    ),
                 )
                 for each in wanted.to_load
             ],

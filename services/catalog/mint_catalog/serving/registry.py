@@ -146,5 +146,5 @@ def _check(wanted: EngineReplica) -> None:
         raise InvalidArgument(
             "engine_replica.address is missing: give host:port or unix:PATH", field="engine_replica.address"
         )
-    for field in ("max_loaded_adapters", "num_slots", "max_lora_rank", "context_length"):
+    for field in ("max_loaded_adapters", "num_slots", "max_lora_rank", "context_length", "max_running_requests"):
         check_range(getattr(wanted, field), field=f"engine_replica.{field}", least=0)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import json
 import secrets
 from collections.abc import AsyncIterator, Sequence
@@ -22,7 +21,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from mint_catalog.model.checks import check_range
-from mint_catalog.model.records import BlobRef, EngineReplica, EngineReplicaState, Policy, Revision
+from mint_catalog.model.records import AdapterSignature, BlobRef, EngineReplica, EngineReplicaState, Policy, Revision
 from mint_catalog.model.tables import Tables
 from mint_catalog.storage.paging import list_all
 from mint_catalog.storage.signals import Signal
@@ -31,6 +30,7 @@ from mint_core import calls
 from mint_core.clock import boottime_s, monotonic_s
 from mint_core.errors import DeadlineExceeded, ResourceExhausted, Unavailable
 from mint_core.names import BaseModelName, EngineReplicaName
+from mint_core.placement import placement_order
 
 __all__ = ["DEFAULT_TIMEOUT_S", "Residency", "Wanted", "Wants", "Wishes"]
 
@@ -55,17 +55,28 @@ class Wanted:
     object_key: str
     base_digest: str
     num_replicas: int
+    signature: AdapterSignature | None = None
 
     def encode(self) -> bytes:
         """What a wish's key holds."""
+        signature = [self.signature.key_id, self.signature.value.hex()] if self.signature else []
         return json.dumps(
-            [self.tenant, self.blob.digest, self.blob.size_bytes, self.object_key, self.base_digest, self.num_replicas]
+            [
+                self.tenant,
+                self.blob.digest,
+                self.blob.size_bytes,
+                self.object_key,
+                self.base_digest,
+                self.num_replicas,
+                *signature,
+            ]
         ).encode()
 
     @classmethod
     def decode(cls, value: bytes) -> Wanted:
-        tenant, digest, size_bytes, object_key, base_digest, num_replicas = json.loads(value)
-        return cls(tenant, BlobRef(digest, size_bytes), object_key, base_digest, num_replicas)
+        tenant, digest, size_bytes, object_key, base_digest, num_replicas, *signed = json.loads(value)
+        signature = AdapterSignature(signed[0], bytes.fromhex(signed[1])) if signed else None
+        return cls(tenant, BlobRef(digest, size_bytes), object_key, base_digest, num_replicas, signature)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,13 +137,15 @@ class Wishes:
             engines = self._keys.family("engines")
             self._replicas, _ = await list_all(self._store, engines, self._tables.codecs.engine)
             self._looked_at_s = monotonic_s()
-        able = [
-            each.name.engine_replica
-            for each in self._replicas
-            if each.loader_address and _serves(each, replica.base_model, wanted.base_digest)
-        ]
-        able.sort(key=lambda name: hashlib.blake2b(f"{wanted.blob.digest}/{name}".encode(), digest_size=8).digest())
-        return replica.name.engine_replica in able[: wanted.num_replicas]
+        able = placement_order(
+            wanted.blob.digest,
+            (
+                str(each.name)
+                for each in self._replicas
+                if each.loader_address and _serves(each, replica.base_model, wanted.base_digest)
+            ),
+        )
+        return str(replica.name) in able[: wanted.num_replicas]
 
     def _holding(self, wish: KeyValue, replica: EngineReplica) -> bytes:
         return self._keys.holding(wish.key, replica.name)
@@ -184,7 +197,14 @@ class Residency:
             allowed_s = max(0.0, min(allowed_s, remaining_s - min(_ANSWER_S, remaining_s / 4)))
         until_s = monotonic_s() + allowed_s
         blob = revision.blob or BlobRef()
-        wanted = Wanted(f"tenants/{head.name.tenant}", blob, revision.object_key, revision.base_digest, num_replicas)
+        wanted = Wanted(
+            f"tenants/{head.name.tenant}",
+            blob,
+            revision.object_key,
+            revision.base_digest,
+            num_replicas,
+            revision.signature,
+        )
         async with self._wish(head, wanted) as wish:
             num_holding = 0
             while True:

@@ -19,6 +19,7 @@ def resolution_of(head: Policy, revision: Revision) -> Resolution:
         object_key=revision.object_key,
         base_model=head.base_model,
         base_digest=revision.base_digest,
+        signature=revision.signature,
     )
 
 
@@ -42,5 +43,10 @@ def chosen(alias: Alias, sticky_key: str) -> Resolution:
 
 def _side(resolution: Resolution) -> SplitSide:
     return SplitSide(
-        resolution.revision, resolution.blob, resolution.object_key, resolution.base_model, resolution.base_digest
+        resolution.revision,
+        resolution.blob,
+        resolution.object_key,
+        resolution.base_model,
+        resolution.base_digest,
+        resolution.signature,
     )

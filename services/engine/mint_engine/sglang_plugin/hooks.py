@@ -15,12 +15,14 @@ from typing import Any
 from mint_core.errors import FailedPrecondition
 from mint_engine.sglang_plugin import (
     expert_lora,
+    fast_upload,
     lora_ops,
     mla_dispatch,
     residency_guard,
     seeded_sampling,
     slot_prefetch,
     unpinned_memory,
+    upload_check,
 )
 from mint_engine.sglang_plugin.version import check_sglang_version, runs_without_gpu
 
@@ -40,7 +42,7 @@ class Hook:
     target: str
     """Dotted path of the function."""
     kind: str
-    """Name of a ``HookType``: BEFORE, AFTER or REPLACE."""
+    """Name of a ``HookType``: BEFORE, AFTER, AROUND or REPLACE."""
     function: Callable[..., Any]
     """What runs; its module says why."""
     only_without_gpu: bool = True
@@ -51,6 +53,13 @@ HOOKS = (
     Hook("sglang.srt.lora.layers.FusedMoEWithLoRA._forward_with_lora", "REPLACE", expert_lora.forward_with_lora),
     Hook("sglang.srt.lora.torch_ops.lora_ops.sgemm_lora_a_fwd", "REPLACE", lora_ops.sgemm_lora_a_fwd),
     Hook("sglang.srt.lora.torch_ops.lora_ops.sgemm_lora_b_fwd", "REPLACE", lora_ops.sgemm_lora_b_fwd),
+    Hook("sglang.srt.lora.lora_manager.LoRAManager.load_lora_weights", "AROUND", fast_upload.around_load_lora_weights),
+    Hook(
+        "sglang.srt.lora.mem_pool.LoRAMemoryPool.load_lora_weight_to_buffer", "AROUND", fast_upload.around_load_to_slot
+    ),
+    Hook(
+        "sglang.srt.lora.mem_pool.LoRAMemoryPool._clear_buffer_slot_for_base", "AROUND", fast_upload.around_clear_slot
+    ),
     Hook("sglang.srt.layers.sampler.multinomial_with_seed", "REPLACE", seeded_sampling.multinomial_with_seed),
     Hook("sglang.srt.model_executor.model_runner.ModelRunner.load_model", "BEFORE", mla_dispatch.before_load_model),
     Hook(
@@ -110,6 +119,8 @@ def apply_hooks() -> None:
             _registered.add(hook.target)
     HookRegistry.apply_hooks()
     setattr(Scheduler, SELF_CHECK_METHOD, self_check)
+    setattr(Scheduler, fast_upload.SET_FAST_UPLOAD_METHOD, fast_upload.set_fast_upload)
+    setattr(Scheduler, upload_check.UPLOAD_CHECK_METHOD, upload_check.check_upload)
     self_check()
 
 

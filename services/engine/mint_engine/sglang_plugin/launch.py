@@ -27,6 +27,8 @@ _ENVIRONMENT = {
     "SGLANG_RETURN_ORIGINAL_LOGPROB": "1",
 }
 
+_NUM_CHECKED_LAYERS = 4
+
 _CPU_ENVIRONMENT = {
     CPU_ENGINE_VARIABLE: "1",
     # SGLang compiles the routing of experts at the first request that needs it: with a C++ compiler, which the machine
@@ -65,8 +67,10 @@ def _kept_logging() -> Iterator[None]:
         root.setLevel(level)
 
 
-def launch_engine(arguments: Mapping[str, Any], *, self_check_timeout_ms: int) -> Any:
+def launch_engine(arguments: Mapping[str, Any], *, fast_upload: bool, self_check_timeout_ms: int) -> Any:
     """Start the engine, wait until the base is loaded, and have every scheduler prove its hooks.
+
+    With ``fast_upload`` it also proves, without a GPU, that adapters get into the slots as SGLang would bring them.
 
     Blocks. Raises :class:`FailedPrecondition` when the plugin is not in place; what SGLang raises otherwise.
     """
@@ -79,7 +83,9 @@ def launch_engine(arguments: Mapping[str, Any], *, self_check_timeout_ms: int) -
     # scheduler process into an error of this one.
     from sglang.srt.entrypoints.engine import Engine
 
+    from mint_engine.sglang_plugin.fast_upload import SET_FAST_UPLOAD_METHOD
     from mint_engine.sglang_plugin.hooks import SELF_CHECK_METHOD, apply_hooks
+    from mint_engine.sglang_plugin.upload_check import UPLOAD_CHECK_METHOD
 
     apply_hooks()
     with _kept_logging():
@@ -91,6 +97,12 @@ def launch_engine(arguments: Mapping[str, Any], *, self_check_timeout_ms: int) -
     engine.send_to_rpc.setsockopt(zmq.RCVTIMEO, self_check_timeout_ms)
     try:
         engine.collective_rpc(SELF_CHECK_METHOD)
+        engine.collective_rpc(SET_FAST_UPLOAD_METHOD, enabled=fast_upload)
+        if fast_upload and runs_without_gpu():
+            # Small ones, of which the second is lower: the slot must also be clean. A model's first layers have every
+            # kind of module that it has.
+            ranks = [min(4, arguments["max_lora_rank"]), 1]
+            engine.collective_rpc(UPLOAD_CHECK_METHOD, ranks=ranks, max_layers=_NUM_CHECKED_LAYERS)
     except (AssertionError, zmq.ZMQError) as error:
         raise FailedPrecondition(f"SGLang started without MinT's plugin: {error}") from error
     return engine

@@ -27,7 +27,7 @@ from mint_api.v1 import engine_replica_service_pb2 as mint_dot_v1_dot_engine__re
 from mint_api.v1 import inference_service_pb2 as mint_dot_v1_dot_inference__service__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$mint/runtime/v1/engine_service.proto\x12\x0fmint.runtime.v1\x1a$mint/runtime/v1/loader_service.proto\x1a$mint/v1/engine_replica_service.proto\x1a\x1fmint/v1/inference_service.proto\"W\n\x0fResidentAdapter\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x16\n\x0enum_references\x18\x02 \x01(\x05\x12\x0e\n\x06pinned\x18\x03 \x01(\x08\x12\x0c\n\x04rank\x18\x04 \x01(\x05\"\xc3\x01\n\x0fGenerateRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0c\n\x04\x62\x61se\x18\x02 \x01(\x08\x12\x0e\n\x06tenant\x18\x03 \x01(\t\x12\x1f\n\x06prompt\x18\x04 \x01(\x0b\x32\x0f.mint.v1.Prompt\x12)\n\x08sampling\x18\x05 \x01(\x0b\x32\x17.mint.v1.SamplingParams\x12\x17\n\x0freturn_logprobs\x18\x06 \x01(\x08\x12\x1d\n\x15return_routed_experts\x18\x07 \x01(\x08\"+\n\x0fGenerateStarted\x12\x18\n\x10prompt_token_ids\x18\x01 \x03(\x05\"|\n\x10GenerateResponse\x12\x33\n\x07started\x18\x01 \x01(\x0b\x32 .mint.runtime.v1.GenerateStartedH\x00\x12(\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x17.mint.v1.GeneratedChunkH\x00\x42\t\n\x07\x63ontent\"]\n\x0cScoreRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0c\n\x04\x62\x61se\x18\x02 \x01(\x08\x12\x0e\n\x06tenant\x18\x03 \x01(\t\x12\x1f\n\x06prompt\x18\x04 \x01(\x0b\x32\x0f.mint.v1.Prompt\"4\n\rScoreResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\x12\x10\n\x08logprobs\x18\x02 \x03(\x02\"W\n\x12LoadAdapterRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0e\n\x06\x66older\x18\x02 \x01(\t\x12\x11\n\tinto_slot\x18\x03 \x01(\x08\x12\x0e\n\x06pinned\x18\x04 \x01(\x08\"@\n\x13LoadAdapterResponse\x12\x18\n\x10\x61lready_resident\x18\x01 \x01(\x08\x12\x0f\n\x07load_ms\x18\x02 \x01(\x01\"&\n\x14UnloadAdapterRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\"\x17\n\x15UnloadAdapterResponse\"\x15\n\x13GetResidencyRequest\"\xc6\x01\n\x14GetResidencyResponse\x12\x32\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32 .mint.runtime.v1.ResidentAdapter\x12.\n\x0e\x65ngine_replica\x18\x02 \x01(\x0b\x32\x16.mint.v1.EngineReplica\x12\x13\n\x0bnum_running\x18\x03 \x01(\x05\x12\x35\n\x10\x61\x64\x61pters_to_load\x18\x04 \x03(\x0b\x32\x1b.mint.runtime.v1.AdapterRef\"\x19\n\x17\x46lushPrefixCacheRequest\"\x1a\n\x18\x46lushPrefixCacheResponse2\xaa\x04\n\rEngineService\x12Q\n\x08Generate\x12 .mint.runtime.v1.GenerateRequest\x1a!.mint.runtime.v1.GenerateResponse0\x01\x12\x46\n\x05Score\x12\x1d.mint.runtime.v1.ScoreRequest\x1a\x1e.mint.runtime.v1.ScoreResponse\x12X\n\x0bLoadAdapter\x12#.mint.runtime.v1.LoadAdapterRequest\x1a$.mint.runtime.v1.LoadAdapterResponse\x12^\n\rUnloadAdapter\x12%.mint.runtime.v1.UnloadAdapterRequest\x1a&.mint.runtime.v1.UnloadAdapterResponse\x12[\n\x0cGetResidency\x12$.mint.runtime.v1.GetResidencyRequest\x1a%.mint.runtime.v1.GetResidencyResponse\x12g\n\x10\x46lushPrefixCache\x12(.mint.runtime.v1.FlushPrefixCacheRequest\x1a).mint.runtime.v1.FlushPrefixCacheResponseB3Z1mint.dev/api/gen/go/mint/runtime/v1;mintruntimev1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$mint/runtime/v1/engine_service.proto\x12\x0fmint.runtime.v1\x1a$mint/runtime/v1/loader_service.proto\x1a$mint/v1/engine_replica_service.proto\x1a\x1fmint/v1/inference_service.proto\"W\n\x0fResidentAdapter\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x16\n\x0enum_references\x18\x02 \x01(\x05\x12\x0e\n\x06pinned\x18\x03 \x01(\x08\x12\x0c\n\x04rank\x18\x04 \x01(\x05\"\xc3\x01\n\x0fGenerateRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0c\n\x04\x62\x61se\x18\x02 \x01(\x08\x12\x0e\n\x06tenant\x18\x03 \x01(\t\x12\x1f\n\x06prompt\x18\x04 \x01(\x0b\x32\x0f.mint.v1.Prompt\x12)\n\x08sampling\x18\x05 \x01(\x0b\x32\x17.mint.v1.SamplingParams\x12\x17\n\x0freturn_logprobs\x18\x06 \x01(\x08\x12\x1d\n\x15return_routed_experts\x18\x07 \x01(\x08\"@\n\x0fGenerateStarted\x12\x18\n\x10prompt_token_ids\x18\x01 \x03(\x05\x12\x13\n\x0bnum_running\x18\x02 \x01(\x05\"|\n\x10GenerateResponse\x12\x33\n\x07started\x18\x01 \x01(\x0b\x32 .mint.runtime.v1.GenerateStartedH\x00\x12(\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x17.mint.v1.GeneratedChunkH\x00\x42\t\n\x07\x63ontent\"]\n\x0cScoreRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0c\n\x04\x62\x61se\x18\x02 \x01(\x08\x12\x0e\n\x06tenant\x18\x03 \x01(\t\x12\x1f\n\x06prompt\x18\x04 \x01(\x0b\x32\x0f.mint.v1.Prompt\"4\n\rScoreResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\x12\x10\n\x08logprobs\x18\x02 \x03(\x02\"W\n\x12LoadAdapterRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0e\n\x06\x66older\x18\x02 \x01(\t\x12\x11\n\tinto_slot\x18\x03 \x01(\x08\x12\x0e\n\x06pinned\x18\x04 \x01(\x08\"@\n\x13LoadAdapterResponse\x12\x18\n\x10\x61lready_resident\x18\x01 \x01(\x08\x12\x0f\n\x07load_ms\x18\x02 \x01(\x01\"&\n\x14UnloadAdapterRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\"\x17\n\x15UnloadAdapterResponse\"%\n\x13UnpinAdapterRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\"\x16\n\x14UnpinAdapterResponse\"\x15\n\x13GetResidencyRequest\"\xc6\x01\n\x14GetResidencyResponse\x12\x32\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32 .mint.runtime.v1.ResidentAdapter\x12.\n\x0e\x65ngine_replica\x18\x02 \x01(\x0b\x32\x16.mint.v1.EngineReplica\x12\x13\n\x0bnum_running\x18\x03 \x01(\x05\x12\x35\n\x10\x61\x64\x61pters_to_load\x18\x04 \x03(\x0b\x32\x1b.mint.runtime.v1.AdapterRef\"\x19\n\x17\x46lushPrefixCacheRequest\"\x1a\n\x18\x46lushPrefixCacheResponse\"\x0e\n\x0c\x44rainRequest\"T\n\rDrainResponse\x12.\n\x0e\x65ngine_replica\x18\x01 \x01(\x0b\x32\x16.mint.v1.EngineReplica\x12\x13\n\x0bnum_running\x18\x02 \x01(\x05\"\x10\n\x0eUndrainRequest\"A\n\x0fUndrainResponse\x12.\n\x0e\x65ngine_replica\x18\x01 \x01(\x0b\x32\x16.mint.v1.EngineReplica2\x9d\x06\n\rEngineService\x12Q\n\x08Generate\x12 .mint.runtime.v1.GenerateRequest\x1a!.mint.runtime.v1.GenerateResponse0\x01\x12\x46\n\x05Score\x12\x1d.mint.runtime.v1.ScoreRequest\x1a\x1e.mint.runtime.v1.ScoreResponse\x12X\n\x0bLoadAdapter\x12#.mint.runtime.v1.LoadAdapterRequest\x1a$.mint.runtime.v1.LoadAdapterResponse\x12^\n\rUnloadAdapter\x12%.mint.runtime.v1.UnloadAdapterRequest\x1a&.mint.runtime.v1.UnloadAdapterResponse\x12[\n\x0cUnpinAdapter\x12$.mint.runtime.v1.UnpinAdapterRequest\x1a%.mint.runtime.v1.UnpinAdapterResponse\x12[\n\x0cGetResidency\x12$.mint.runtime.v1.GetResidencyRequest\x1a%.mint.runtime.v1.GetResidencyResponse\x12g\n\x10\x46lushPrefixCache\x12(.mint.runtime.v1.FlushPrefixCacheRequest\x1a).mint.runtime.v1.FlushPrefixCacheResponse\x12\x46\n\x05\x44rain\x12\x1d.mint.runtime.v1.DrainRequest\x1a\x1e.mint.runtime.v1.DrainResponse\x12L\n\x07Undrain\x12\x1f.mint.runtime.v1.UndrainRequest\x1a .mint.runtime.v1.UndrainResponseB3Z1mint.dev/api/gen/go/mint/runtime/v1;mintruntimev1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,29 +40,41 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GENERATEREQUEST']._serialized_start=256
   _globals['_GENERATEREQUEST']._serialized_end=451
   _globals['_GENERATESTARTED']._serialized_start=453
-  _globals['_GENERATESTARTED']._serialized_end=496
-  _globals['_GENERATERESPONSE']._serialized_start=498
-  _globals['_GENERATERESPONSE']._serialized_end=622
-  _globals['_SCOREREQUEST']._serialized_start=624
-  _globals['_SCOREREQUEST']._serialized_end=717
-  _globals['_SCORERESPONSE']._serialized_start=719
-  _globals['_SCORERESPONSE']._serialized_end=771
-  _globals['_LOADADAPTERREQUEST']._serialized_start=773
-  _globals['_LOADADAPTERREQUEST']._serialized_end=860
-  _globals['_LOADADAPTERRESPONSE']._serialized_start=862
-  _globals['_LOADADAPTERRESPONSE']._serialized_end=926
-  _globals['_UNLOADADAPTERREQUEST']._serialized_start=928
-  _globals['_UNLOADADAPTERREQUEST']._serialized_end=966
-  _globals['_UNLOADADAPTERRESPONSE']._serialized_start=968
-  _globals['_UNLOADADAPTERRESPONSE']._serialized_end=991
-  _globals['_GETRESIDENCYREQUEST']._serialized_start=993
-  _globals['_GETRESIDENCYREQUEST']._serialized_end=1014
-  _globals['_GETRESIDENCYRESPONSE']._serialized_start=1017
-  _globals['_GETRESIDENCYRESPONSE']._serialized_end=1215
-  _globals['_FLUSHPREFIXCACHEREQUEST']._serialized_start=1217
-  _globals['_FLUSHPREFIXCACHEREQUEST']._serialized_end=1242
-  _globals['_FLUSHPREFIXCACHERESPONSE']._serialized_start=1244
-  _globals['_FLUSHPREFIXCACHERESPONSE']._serialized_end=1270
-  _globals['_ENGINESERVICE']._serialized_start=1273
-  _globals['_ENGINESERVICE']._serialized_end=1827
+  _globals['_GENERATESTARTED']._serialized_end=517
+  _globals['_GENERATERESPONSE']._serialized_start=519
+  _globals['_GENERATERESPONSE']._serialized_end=643
+  _globals['_SCOREREQUEST']._serialized_start=645
+  _globals['_SCOREREQUEST']._serialized_end=738
+  _globals['_SCORERESPONSE']._serialized_start=740
+  _globals['_SCORERESPONSE']._serialized_end=792
+  _globals['_LOADADAPTERREQUEST']._serialized_start=794
+  _globals['_LOADADAPTERREQUEST']._serialized_end=881
+  _globals['_LOADADAPTERRESPONSE']._serialized_start=883
+  _globals['_LOADADAPTERRESPONSE']._serialized_end=947
+  _globals['_UNLOADADAPTERREQUEST']._serialized_start=949
+  _globals['_UNLOADADAPTERREQUEST']._serialized_end=987
+  _globals['_UNLOADADAPTERRESPONSE']._serialized_start=989
+  _globals['_UNLOADADAPTERRESPONSE']._serialized_end=1012
+  _globals['_UNPINADAPTERREQUEST']._serialized_start=1014
+  _globals['_UNPINADAPTERREQUEST']._serialized_end=1051
+  _globals['_UNPINADAPTERRESPONSE']._serialized_start=1053
+  _globals['_UNPINADAPTERRESPONSE']._serialized_end=1075
+  _globals['_GETRESIDENCYREQUEST']._serialized_start=1077
+  _globals['_GETRESIDENCYREQUEST']._serialized_end=1098
+  _globals['_GETRESIDENCYRESPONSE']._serialized_start=1101
+  _globals['_GETRESIDENCYRESPONSE']._serialized_end=1299
+  _globals['_FLUSHPREFIXCACHEREQUEST']._serialized_start=1301
+  _globals['_FLUSHPREFIXCACHEREQUEST']._serialized_end=1326
+  _globals['_FLUSHPREFIXCACHERESPONSE']._serialized_start=1328
+  _globals['_FLUSHPREFIXCACHERESPONSE']._serialized_end=1354
+  _globals['_DRAINREQUEST']._serialized_start=1356
+  _globals['_DRAINREQUEST']._serialized_end=1370
+  _globals['_DRAINRESPONSE']._serialized_start=1372
+  _globals['_DRAINRESPONSE']._serialized_end=1456
+  _globals['_UNDRAINREQUEST']._serialized_start=1458
+  _globals['_UNDRAINREQUEST']._serialized_end=1474
+  _globals['_UNDRAINRESPONSE']._serialized_start=1476
+  _globals['_UNDRAINRESPONSE']._serialized_end=1541
+  _globals['_ENGINESERVICE']._serialized_start=1544
+  _globals['_ENGINESERVICE']._serialized_end=2341
 # @@protoc_insertion_point(module_scope)

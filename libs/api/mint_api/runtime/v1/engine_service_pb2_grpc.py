@@ -55,6 +55,11 @@ class EngineServiceStub:
                 request_serializer=mint_dot_runtime_dot_v1_dot_engine__service__pb2.UnloadAdapterRequest.SerializeToString,
                 response_deserializer=mint_dot_runtime_dot_v1_dot_engine__service__pb2.UnloadAdapterResponse.FromString,
                 _registered_method=True)
+        self.UnpinAdapter = channel.unary_unary(
+                '/mint.runtime.v1.EngineService/UnpinAdapter',
+                request_serializer=mint_dot_runtime_dot_v1_dot_engine__service__pb2.UnpinAdapterRequest.SerializeToString,
+                response_deserializer=mint_dot_runtime_dot_v1_dot_engine__service__pb2.UnpinAdapterResponse.FromString,
+                _registered_method=True)
         self.GetResidency = channel.unary_unary(
                 '/mint.runtime.v1.EngineService/GetResidency',
                 request_serializer=mint_dot_runtime_dot_v1_dot_engine__service__pb2.GetResidencyRequest.SerializeToString,
@@ -64,6 +69,16 @@ class EngineServiceStub:
                 '/mint.runtime.v1.EngineService/FlushPrefixCache',
                 request_serializer=mint_dot_runtime_dot_v1_dot_engine__service__pb2.FlushPrefixCacheRequest.SerializeToString,
                 response_deserializer=mint_dot_runtime_dot_v1_dot_engine__service__pb2.FlushPrefixCacheResponse.FromString,
+                _registered_method=True)
+        self.Drain = channel.unary_unary(
+                '/mint.runtime.v1.EngineService/Drain',
+                request_serializer=mint_dot_runtime_dot_v1_dot_engine__service__pb2.DrainRequest.SerializeToString,
+                response_deserializer=mint_dot_runtime_dot_v1_dot_engine__service__pb2.DrainResponse.FromString,
+                _registered_method=True)
+        self.Undrain = channel.unary_unary(
+                '/mint.runtime.v1.EngineService/Undrain',
+                request_serializer=mint_dot_runtime_dot_v1_dot_engine__service__pb2.UndrainRequest.SerializeToString,
+                response_deserializer=mint_dot_runtime_dot_v1_dot_engine__service__pb2.UndrainResponse.FromString,
                 _registered_method=True)
 
 
@@ -119,6 +134,16 @@ class EngineServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def UnpinAdapter(self, request, context):
+        """Lets a pinned adapter be evicted again; a no-op for one that is not pinned or not resident.
+
+        Errors:
+        * INVALID_ARGUMENT / INVALID_FIELD: bad digest.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetResidency(self, request, context):
         """Tells what is resident.
 
@@ -134,6 +159,24 @@ class EngineServiceServicer:
 
         Errors:
         * FAILED_PRECONDITION / WRONG_STATE: requests are running.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Drain(self, request, context):
+        """Takes nothing new and finishes what runs; draining already, it is a no-op. The registry says so at once and the
+        replica stays registered, until Undrain or the end of its process: a restarted engine does not drain.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Undrain(self, request, context):
+        """Takes requests again; a no-op where nothing drains.
+
+        Errors:
+        * FAILED_PRECONDITION / WRONG_STATE: the process is stopping.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -162,6 +205,11 @@ def add_EngineServiceServicer_to_server(servicer, server):
                     request_deserializer=mint_dot_runtime_dot_v1_dot_engine__service__pb2.UnloadAdapterRequest.FromString,
                     response_serializer=mint_dot_runtime_dot_v1_dot_engine__service__pb2.UnloadAdapterResponse.SerializeToString,
             ),
+            'UnpinAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnpinAdapter,
+                    request_deserializer=mint_dot_runtime_dot_v1_dot_engine__service__pb2.UnpinAdapterRequest.FromString,
+                    response_serializer=mint_dot_runtime_dot_v1_dot_engine__service__pb2.UnpinAdapterResponse.SerializeToString,
+            ),
             'GetResidency': grpc.unary_unary_rpc_method_handler(
                     servicer.GetResidency,
                     request_deserializer=mint_dot_runtime_dot_v1_dot_engine__service__pb2.GetResidencyRequest.FromString,
@@ -171,6 +219,16 @@ def add_EngineServiceServicer_to_server(servicer, server):
                     servicer.FlushPrefixCache,
                     request_deserializer=mint_dot_runtime_dot_v1_dot_engine__service__pb2.FlushPrefixCacheRequest.FromString,
                     response_serializer=mint_dot_runtime_dot_v1_dot_engine__service__pb2.FlushPrefixCacheResponse.SerializeToString,
+            ),
+            'Drain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=mint_dot_runtime_dot_v1_dot_engine__service__pb2.DrainRequest.FromString,
+                    response_serializer=mint_dot_runtime_dot_v1_dot_engine__service__pb2.DrainResponse.SerializeToString,
+            ),
+            'Undrain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Undrain,
+                    request_deserializer=mint_dot_runtime_dot_v1_dot_engine__service__pb2.UndrainRequest.FromString,
+                    response_serializer=mint_dot_runtime_dot_v1_dot_engine__service__pb2.UndrainResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -293,6 +351,33 @@ class EngineService:
             _registered_method=True)
 
     @staticmethod
+    def UnpinAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mint.runtime.v1.EngineService/UnpinAdapter',
+            mint_dot_runtime_dot_v1_dot_engine__service__pb2.UnpinAdapterRequest.SerializeToString,
+            mint_dot_runtime_dot_v1_dot_engine__service__pb2.UnpinAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def GetResidency(request,
             target,
             options=(),
@@ -336,6 +421,60 @@ class EngineService:
             '/mint.runtime.v1.EngineService/FlushPrefixCache',
             mint_dot_runtime_dot_v1_dot_engine__service__pb2.FlushPrefixCacheRequest.SerializeToString,
             mint_dot_runtime_dot_v1_dot_engine__service__pb2.FlushPrefixCacheResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mint.runtime.v1.EngineService/Drain',
+            mint_dot_runtime_dot_v1_dot_engine__service__pb2.DrainRequest.SerializeToString,
+            mint_dot_runtime_dot_v1_dot_engine__service__pb2.DrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Undrain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mint.runtime.v1.EngineService/Undrain',
+            mint_dot_runtime_dot_v1_dot_engine__service__pb2.UndrainRequest.SerializeToString,
+            mint_dot_runtime_dot_v1_dot_engine__service__pb2.UndrainResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -65,6 +65,12 @@ class EngineServiceStub:
     * FAILED_PRECONDITION / ADAPTER_PINNED: in use or pinned.
     * UNAVAILABLE: draining or sick.
     """
+    UnpinAdapter: _grpc.UnaryUnaryMultiCallable[_engine_service_pb2.UnpinAdapterRequest, _engine_service_pb2.UnpinAdapterResponse]
+    """Lets a pinned adapter be evicted again; a no-op for one that is not pinned or not resident.
+
+    Errors:
+    * INVALID_ARGUMENT / INVALID_FIELD: bad digest.
+    """
     GetResidency: _grpc.UnaryUnaryMultiCallable[_engine_service_pb2.GetResidencyRequest, _engine_service_pb2.GetResidencyResponse]
     """Tells what is resident.
 
@@ -76,6 +82,16 @@ class EngineServiceStub:
 
     Errors:
     * FAILED_PRECONDITION / WRONG_STATE: requests are running.
+    """
+    Drain: _grpc.UnaryUnaryMultiCallable[_engine_service_pb2.DrainRequest, _engine_service_pb2.DrainResponse]
+    """Takes nothing new and finishes what runs; draining already, it is a no-op. The registry says so at once and the
+    replica stays registered, until Undrain or the end of its process: a restarted engine does not drain.
+    """
+    Undrain: _grpc.UnaryUnaryMultiCallable[_engine_service_pb2.UndrainRequest, _engine_service_pb2.UndrainResponse]
+    """Takes requests again; a no-op where nothing drains.
+
+    Errors:
+    * FAILED_PRECONDITION / WRONG_STATE: the process is stopping.
     """
 
 @_typing.type_check_only
@@ -115,6 +131,12 @@ class EngineServiceAsyncStub(EngineServiceStub):
     * FAILED_PRECONDITION / ADAPTER_PINNED: in use or pinned.
     * UNAVAILABLE: draining or sick.
     """
+    UnpinAdapter: _aio.UnaryUnaryMultiCallable[_engine_service_pb2.UnpinAdapterRequest, _engine_service_pb2.UnpinAdapterResponse]  # type: ignore[assignment]
+    """Lets a pinned adapter be evicted again; a no-op for one that is not pinned or not resident.
+
+    Errors:
+    * INVALID_ARGUMENT / INVALID_FIELD: bad digest.
+    """
     GetResidency: _aio.UnaryUnaryMultiCallable[_engine_service_pb2.GetResidencyRequest, _engine_service_pb2.GetResidencyResponse]  # type: ignore[assignment]
     """Tells what is resident.
 
@@ -126,6 +148,16 @@ class EngineServiceAsyncStub(EngineServiceStub):
 
     Errors:
     * FAILED_PRECONDITION / WRONG_STATE: requests are running.
+    """
+    Drain: _aio.UnaryUnaryMultiCallable[_engine_service_pb2.DrainRequest, _engine_service_pb2.DrainResponse]  # type: ignore[assignment]
+    """Takes nothing new and finishes what runs; draining already, it is a no-op. The registry says so at once and the
+    replica stays registered, until Undrain or the end of its process: a restarted engine does not drain.
+    """
+    Undrain: _aio.UnaryUnaryMultiCallable[_engine_service_pb2.UndrainRequest, _engine_service_pb2.UndrainResponse]  # type: ignore[assignment]
+    """Takes requests again; a no-op where nothing drains.
+
+    Errors:
+    * FAILED_PRECONDITION / WRONG_STATE: the process is stopping.
     """
 
 class EngineServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -188,6 +220,18 @@ class EngineServiceServicer(metaclass=_abc_1.ABCMeta):
         """
 
     @_abc_1.abstractmethod
+    def UnpinAdapter(
+        self,
+        request: _engine_service_pb2.UnpinAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_engine_service_pb2.UnpinAdapterResponse, _abc.Awaitable[_engine_service_pb2.UnpinAdapterResponse]]:
+        """Lets a pinned adapter be evicted again; a no-op for one that is not pinned or not resident.
+
+        Errors:
+        * INVALID_ARGUMENT / INVALID_FIELD: bad digest.
+        """
+
+    @_abc_1.abstractmethod
     def GetResidency(
         self,
         request: _engine_service_pb2.GetResidencyRequest,
@@ -209,6 +253,28 @@ class EngineServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Errors:
         * FAILED_PRECONDITION / WRONG_STATE: requests are running.
+        """
+
+    @_abc_1.abstractmethod
+    def Drain(
+        self,
+        request: _engine_service_pb2.DrainRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_engine_service_pb2.DrainResponse, _abc.Awaitable[_engine_service_pb2.DrainResponse]]:
+        """Takes nothing new and finishes what runs; draining already, it is a no-op. The registry says so at once and the
+        replica stays registered, until Undrain or the end of its process: a restarted engine does not drain.
+        """
+
+    @_abc_1.abstractmethod
+    def Undrain(
+        self,
+        request: _engine_service_pb2.UndrainRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_engine_service_pb2.UndrainResponse, _abc.Awaitable[_engine_service_pb2.UndrainResponse]]:
+        """Takes requests again; a no-op where nothing drains.
+
+        Errors:
+        * FAILED_PRECONDITION / WRONG_STATE: the process is stopping.
         """
 
 def add_EngineServiceServicer_to_server(servicer: EngineServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -22,11 +22,12 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from mint_api.v1 import blob_service_pb2 as mint_dot_v1_dot_blob__service__pb2
 from mint_api.v1 import common_pb2 as mint_dot_v1_dot_common__pb2
 from mint_api.v1 import revision_service_pb2 as mint_dot_v1_dot_revision__service__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&mint/runtime/v1/exporter_service.proto\x12\x0fmint.runtime.v1\x1a\x14mint/v1/common.proto\x1a\x1emint/v1/revision_service.proto\"Y\n\rExportTimings\x12\x10\n\x08\x66\x65tch_ms\x18\x01 \x01(\x01\x12\x0f\n\x07pack_ms\x18\x02 \x01(\x01\x12\x11\n\tupload_ms\x18\x03 \x01(\x01\x12\x12\n\npublish_ms\x18\x04 \x01(\x01\"\xa5\x01\n\rExportRequest\x12\x0e\n\x06policy\x18\x01 \x01(\t\x12.\n\x0etraining_state\x18\x02 \x01(\x0b\x32\x16.mint.v1.TrainingState\x12\x1d\n\x05\x66\x65nce\x18\x03 \x01(\x0b\x32\x0e.mint.v1.Fence\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12!\n\x07lineage\x18\x05 \x01(\x0b\x32\x10.mint.v1.Lineage\"\x80\x01\n\x0e\x45xportResponse\x12#\n\x08revision\x18\x01 \x01(\x0b\x32\x11.mint.v1.Revision\x12/\n\x07timings\x18\x02 \x01(\x0b\x32\x1e.mint.runtime.v1.ExportTimings\x12\x18\n\x10\x63\x61talog_revision\x18\x03 \x01(\x03\"{\n\x15ImportRevisionRequest\x12\x0e\n\x06policy\x18\x01 \x01(\t\x12!\n\x07weights\x18\x02 \x01(\x0b\x32\x10.mint.v1.BlobRef\x12\x1b\n\x13\x61\x64\x61pter_config_json\x18\x03 \x01(\t\x12\x12\n\nrequest_id\x18\x04 \x01(\t\"=\n\x16ImportRevisionResponse\x12#\n\x08revision\x18\x01 \x01(\x0b\x32\x11.mint.v1.Revision2\xbf\x01\n\x0f\x45xporterService\x12I\n\x06\x45xport\x12\x1e.mint.runtime.v1.ExportRequest\x1a\x1f.mint.runtime.v1.ExportResponse\x12\x61\n\x0eImportRevision\x12&.mint.runtime.v1.ImportRevisionRequest\x1a\'.mint.runtime.v1.ImportRevisionResponseB3Z1mint.dev/api/gen/go/mint/runtime/v1;mintruntimev1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&mint/runtime/v1/exporter_service.proto\x12\x0fmint.runtime.v1\x1a\x1amint/v1/blob_service.proto\x1a\x14mint/v1/common.proto\x1a\x1emint/v1/revision_service.proto\"Y\n\rExportTimings\x12\x10\n\x08\x66\x65tch_ms\x18\x01 \x01(\x01\x12\x0f\n\x07pack_ms\x18\x02 \x01(\x01\x12\x11\n\tupload_ms\x18\x03 \x01(\x01\x12\x12\n\npublish_ms\x18\x04 \x01(\x01\"\xa5\x01\n\rExportRequest\x12\x0e\n\x06policy\x18\x01 \x01(\t\x12.\n\x0etraining_state\x18\x02 \x01(\x0b\x32\x16.mint.v1.TrainingState\x12\x1d\n\x05\x66\x65nce\x18\x03 \x01(\x0b\x32\x0e.mint.v1.Fence\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12!\n\x07lineage\x18\x05 \x01(\x0b\x32\x10.mint.v1.Lineage\"\x80\x01\n\x0e\x45xportResponse\x12#\n\x08revision\x18\x01 \x01(\x0b\x32\x11.mint.v1.Revision\x12/\n\x07timings\x18\x02 \x01(\x0b\x32\x1e.mint.runtime.v1.ExportTimings\x12\x18\n\x10\x63\x61talog_revision\x18\x03 \x01(\x03\"\xf0\x01\n\x15ImportRevisionRequest\x12\x0e\n\x06policy\x18\x01 \x01(\t\x12!\n\x07weights\x18\x02 \x01(\x0b\x32\x10.mint.v1.BlobRef\x12\x1b\n\x13\x61\x64\x61pter_config_json\x18\x03 \x01(\t\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12!\n\x07\x61rchive\x18\x05 \x01(\x0b\x32\x10.mint.v1.BlobRef\x12-\n\x06object\x18\x06 \x01(\x0b\x32\x1d.mint.runtime.v1.ImportObject\x12!\n\x07lineage\x18\x07 \x01(\x0b\x32\x10.mint.v1.Lineage\";\n\x0cImportObject\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x1e\n\x04\x62lob\x18\x02 \x01(\x0b\x32\x10.mint.v1.BlobRef\"\x88\x01\n\x16ImportRevisionResponse\x12#\n\x08revision\x18\x01 \x01(\x0b\x32\x11.mint.v1.Revision\x12/\n\x07timings\x18\x02 \x01(\x0b\x32\x1e.mint.runtime.v1.ExportTimings\x12\x18\n\x10\x63\x61talog_revision\x18\x03 \x01(\x03\"5\n\x11\x45xportPeftRequest\x12\x10\n\x08revision\x18\x01 \x01(\t\x12\x0e\n\x06layout\x18\x02 \x01(\t\"o\n\x12\x45xportPeftResponse\x12)\n\x04\x66ile\x18\x01 \x01(\x0b\x32\x19.mint.runtime.v1.PeftFileH\x00\x12#\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x12.mint.v1.BlobChunkH\x00\x42\t\n\x07\x63ontent\"8\n\x08PeftFile\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1e\n\x04\x62lob\x18\x02 \x01(\x0b\x32\x10.mint.v1.BlobRef\"7\n\x14\x44iffRevisionsRequest\x12\x10\n\x08revision\x18\x01 \x01(\t\x12\r\n\x05other\x18\x02 \x01(\t\"\xb0\x01\n\x15\x44iffRevisionsResponse\x12\x31\n\x06\x63onfig\x18\x01 \x03(\x0b\x32!.mint.runtime.v1.ConfigDifference\x12\x32\n\x07modules\x18\x02 \x03(\x0b\x32!.mint.runtime.v1.ModuleDifference\x12\x30\n\x05total\x18\x03 \x01(\x0b\x32!.mint.runtime.v1.ModuleDifference\"E\n\x10\x43onfigDifference\x12\r\n\x05\x66ield\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t\x12\x13\n\x0bother_value\x18\x03 \x01(\t\"\xe6\x01\n\x10ModuleDifference\x12\x0e\n\x06module\x18\x01 \x01(\t\x12\x13\n\x0bnum_experts\x18\x02 \x01(\x05\x12\x0c\n\x04rank\x18\x03 \x01(\x05\x12\x12\n\nother_rank\x18\x04 \x01(\x05\x12\x0c\n\x04norm\x18\x05 \x01(\x01\x12\x12\n\nother_norm\x18\x06 \x01(\x01\x12\x17\n\x0fnorm_difference\x18\x07 \x01(\x01\x12\x13\n\x06\x63osine\x18\x08 \x01(\x01H\x00\x88\x01\x01\x12\x1a\n\x12max_abs_difference\x18\t \x01(\x01\x12\x14\n\x0cmax_is_exact\x18\n \x01(\x08\x42\t\n\x07_cosine2\xf8\x02\n\x0f\x45xporterService\x12I\n\x06\x45xport\x12\x1e.mint.runtime.v1.ExportRequest\x1a\x1f.mint.runtime.v1.ExportResponse\x12\x61\n\x0eImportRevision\x12&.mint.runtime.v1.ImportRevisionRequest\x1a\'.mint.runtime.v1.ImportRevisionResponse\x12W\n\nExportPeft\x12\".mint.runtime.v1.ExportPeftRequest\x1a#.mint.runtime.v1.ExportPeftResponse0\x01\x12^\n\rDiffRevisions\x12%.mint.runtime.v1.DiffRevisionsRequest\x1a&.mint.runtime.v1.DiffRevisionsResponseB3Z1mint.dev/api/gen/go/mint/runtime/v1;mintruntimev1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,16 +35,32 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'mint.runtime.v1.exporter_se
 if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'Z1mint.dev/api/gen/go/mint/runtime/v1;mintruntimev1'
-  _globals['_EXPORTTIMINGS']._serialized_start=113
-  _globals['_EXPORTTIMINGS']._serialized_end=202
-  _globals['_EXPORTREQUEST']._serialized_start=205
-  _globals['_EXPORTREQUEST']._serialized_end=370
-  _globals['_EXPORTRESPONSE']._serialized_start=373
-  _globals['_EXPORTRESPONSE']._serialized_end=501
-  _globals['_IMPORTREVISIONREQUEST']._serialized_start=503
-  _globals['_IMPORTREVISIONREQUEST']._serialized_end=626
-  _globals['_IMPORTREVISIONRESPONSE']._serialized_start=628
-  _globals['_IMPORTREVISIONRESPONSE']._serialized_end=689
-  _globals['_EXPORTERSERVICE']._serialized_start=692
-  _globals['_EXPORTERSERVICE']._serialized_end=883
+  _globals['_EXPORTTIMINGS']._serialized_start=141
+  _globals['_EXPORTTIMINGS']._serialized_end=230
+  _globals['_EXPORTREQUEST']._serialized_start=233
+  _globals['_EXPORTREQUEST']._serialized_end=398
+  _globals['_EXPORTRESPONSE']._serialized_start=401
+  _globals['_EXPORTRESPONSE']._serialized_end=529
+  _globals['_IMPORTREVISIONREQUEST']._serialized_start=532
+  _globals['_IMPORTREVISIONREQUEST']._serialized_end=772
+  _globals['_IMPORTOBJECT']._serialized_start=774
+  _globals['_IMPORTOBJECT']._serialized_end=833
+  _globals['_IMPORTREVISIONRESPONSE']._serialized_start=836
+  _globals['_IMPORTREVISIONRESPONSE']._serialized_end=972
+  _globals['_EXPORTPEFTREQUEST']._serialized_start=974
+  _globals['_EXPORTPEFTREQUEST']._serialized_end=1027
+  _globals['_EXPORTPEFTRESPONSE']._serialized_start=1029
+  _globals['_EXPORTPEFTRESPONSE']._serialized_end=1140
+  _globals['_PEFTFILE']._serialized_start=1142
+  _globals['_PEFTFILE']._serialized_end=1198
+  _globals['_DIFFREVISIONSREQUEST']._serialized_start=1200
+  _globals['_DIFFREVISIONSREQUEST']._serialized_end=1255
+  _globals['_DIFFREVISIONSRESPONSE']._serialized_start=1258
+  _globals['_DIFFREVISIONSRESPONSE']._serialized_end=1434
+  _globals['_CONFIGDIFFERENCE']._serialized_start=1436
+  _globals['_CONFIGDIFFERENCE']._serialized_end=1505
+  _globals['_MODULEDIFFERENCE']._serialized_start=1508
+  _globals['_MODULEDIFFERENCE']._serialized_end=1738
+  _globals['_EXPORTERSERVICE']._serialized_start=1741
+  _globals['_EXPORTERSERVICE']._serialized_end=2117
 # @@protoc_insertion_point(module_scope)

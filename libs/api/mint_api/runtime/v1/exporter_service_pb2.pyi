@@ -3,8 +3,11 @@
 isort:skip_file
 """
 
+from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf.internal import containers as _containers
+from mint_api.v1 import blob_service_pb2 as _blob_service_pb2
 from mint_api.v1 import common_pb2 as _common_pb2
 from mint_api.v1 import revision_service_pb2 as _revision_service_pb2
 import builtins as _builtins
@@ -77,7 +80,7 @@ class ExportRequest(_message.Message):
 
     @_builtins.property
     def lineage(self) -> _revision_service_pb2.Lineage:
-        """run, step, data_digest and parent_revision are kept with the revision."""
+        """run, step, data_digest, parent_revision, code_version and recipe are kept with the revision."""
 
     def __init__(
         self,
@@ -140,15 +143,32 @@ class ImportRevisionRequest(_message.Message):
     WEIGHTS_FIELD_NUMBER: _builtins.int
     ADAPTER_CONFIG_JSON_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    ARCHIVE_FIELD_NUMBER: _builtins.int
+    OBJECT_FIELD_NUMBER: _builtins.int
+    LINEAGE_FIELD_NUMBER: _builtins.int
     policy: _builtins.str
     """tenants/{tenant}/policies/{policy}"""
     adapter_config_json: _builtins.str
-    """The text of adapter_config.json."""
+    """The text of adapter_config.json; with weights, and with an object that is an adapter_model.safetensors, where
+    leaving it out means the object adapter_config.json beside it.
+    """
     request_id: _builtins.str
     """UUID4 that makes a retry safe; optional."""
     @_builtins.property
     def weights(self) -> _common_pb2.BlobRef:
-        """The uploaded adapter_model.safetensors."""
+        """The uploaded adapter_model.safetensors; or leave it out and give archive or object."""
+
+    @_builtins.property
+    def archive(self) -> _common_pb2.BlobRef:
+        """An uploaded tar, tar.gz or zip of a PEFT folder."""
+
+    @_builtins.property
+    def object(self) -> Global___ImportObject:
+        """What lies in the object store already."""
+
+    @_builtins.property
+    def lineage(self) -> _revision_service_pb2.Lineage:
+        """data_digest, parent_revision, code_version and recipe are kept with the revision; run and step must be empty."""
 
     def __init__(
         self,
@@ -157,14 +177,47 @@ class ImportRevisionRequest(_message.Message):
         weights: _common_pb2.BlobRef | None = ...,
         adapter_config_json: _builtins.str = ...,
         request_id: _builtins.str = ...,
+        archive: _common_pb2.BlobRef | None = ...,
+        object: Global___ImportObject | None = ...,
+        lineage: _revision_service_pb2.Lineage | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["weights", b"weights"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["archive", b"archive", "lineage", b"lineage", "object", b"object", "weights", b"weights"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_config_json", b"adapter_config_json", "policy", b"policy", "request_id", b"request_id", "weights", b"weights"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_config_json", b"adapter_config_json", "archive", b"archive", "lineage", b"lineage", "object", b"object", "policy", b"policy", "request_id", b"request_id", "weights", b"weights"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ImportRevisionRequest: _TypeAlias = ImportRevisionRequest  # noqa: Y015
+
+@_typing.final
+class ImportObject(_message.Message):
+    """An object that somebody else put into the object store: an archive, or an adapter_model.safetensors."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: _builtins.int
+    BLOB_FIELD_NUMBER: _builtins.int
+    key: _builtins.str
+    """Below tenants/{tenant}/imports/."""
+    @_builtins.property
+    def blob(self) -> _common_pb2.BlobRef:
+        """Digest of its bytes, which are checked against it. May be left out where the store has it recorded, as it has for
+        what MinT's own client put.
+        """
+
+    def __init__(
+        self,
+        *,
+        key: _builtins.str = ...,
+        blob: _common_pb2.BlobRef | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["blob", b"blob"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blob", b"blob", "key", b"key"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ImportObject: _TypeAlias = ImportObject  # noqa: Y015
 
 @_typing.final
 class ImportRevisionResponse(_message.Message):
@@ -173,19 +226,269 @@ class ImportRevisionResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     REVISION_FIELD_NUMBER: _builtins.int
+    TIMINGS_FIELD_NUMBER: _builtins.int
+    CATALOG_REVISION_FIELD_NUMBER: _builtins.int
+    catalog_revision: _builtins.int
+    """Revision of the catalog that contains the write."""
     @_builtins.property
     def revision(self) -> _revision_service_pb2.Revision:
         """The published revision."""
+
+    @_builtins.property
+    def timings(self) -> Global___ExportTimings:
+        """Where the time went."""
 
     def __init__(
         self,
         *,
         revision: _revision_service_pb2.Revision | None = ...,
+        timings: Global___ExportTimings | None = ...,
+        catalog_revision: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["revision", b"revision"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["revision", b"revision", "timings", b"timings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["revision", b"revision"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["catalog_revision", b"catalog_revision", "revision", b"revision", "timings", b"timings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ImportRevisionResponse: _TypeAlias = ImportRevisionResponse  # noqa: Y015
+
+@_typing.final
+class ExportPeftRequest(_message.Message):
+    """Request of ExportPeft."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REVISION_FIELD_NUMBER: _builtins.int
+    LAYOUT_FIELD_NUMBER: _builtins.int
+    revision: _builtins.str
+    """tenants/{tenant}/policies/{policy}/revisions/{number}"""
+    layout: _builtins.str
+    """Layout of the tensors; empty means the one that the PEFT of today loads: "peft-1" for an adapter of linear
+    modules, "peft-parameters-1" (fused 3-D experts as target_parameters) for one with routed experts.
+    """
+    def __init__(
+        self,
+        *,
+        revision: _builtins.str = ...,
+        layout: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout", "revision", b"revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExportPeftRequest: _TypeAlias = ExportPeftRequest  # noqa: Y015
+
+@_typing.final
+class ExportPeftResponse(_message.Message):
+    """Response of ExportPeft."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FILE_FIELD_NUMBER: _builtins.int
+    CHUNK_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def file(self) -> Global___PeftFile:
+        """What comes now."""
+
+    @_builtins.property
+    def chunk(self) -> _blob_service_pb2.BlobChunk:
+        """A piece of it."""
+
+    def __init__(
+        self,
+        *,
+        file: Global___PeftFile | None = ...,
+        chunk: _blob_service_pb2.BlobChunk | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "content", b"content", "file", b"file"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "content", b"content", "file", b"file"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_content: _TypeAlias = _typing.Literal["file", "chunk"]  # noqa: Y015
+    _WhichOneofArgType_content: _TypeAlias = _typing.Literal["content", b"content"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_content) -> _WhichOneofReturnType_content | None: ...
+
+Global___ExportPeftResponse: _TypeAlias = ExportPeftResponse  # noqa: Y015
+
+@_typing.final
+class PeftFile(_message.Message):
+    """One file of a PEFT folder."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    BLOB_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Name in the folder."""
+    @_builtins.property
+    def blob(self) -> _common_pb2.BlobRef:
+        """Digest and size of the file."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        blob: _common_pb2.BlobRef | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["blob", b"blob"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blob", b"blob", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PeftFile: _TypeAlias = PeftFile  # noqa: Y015
+
+@_typing.final
+class DiffRevisionsRequest(_message.Message):
+    """Request of DiffRevisions."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REVISION_FIELD_NUMBER: _builtins.int
+    OTHER_FIELD_NUMBER: _builtins.int
+    revision: _builtins.str
+    """tenants/{tenant}/policies/{policy}/revisions/{number}"""
+    other: _builtins.str
+    """The one it is compared with; of any policy of the same tenant."""
+    def __init__(
+        self,
+        *,
+        revision: _builtins.str = ...,
+        other: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["other", b"other", "revision", b"revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DiffRevisionsRequest: _TypeAlias = DiffRevisionsRequest  # noqa: Y015
+
+@_typing.final
+class DiffRevisionsResponse(_message.Message):
+    """Response of DiffRevisions."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONFIG_FIELD_NUMBER: _builtins.int
+    MODULES_FIELD_NUMBER: _builtins.int
+    TOTAL_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def config(self) -> _containers.RepeatedCompositeFieldContainer[Global___ConfigDifference]:
+        """Fields of the configuration that differ."""
+
+    @_builtins.property
+    def modules(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModuleDifference]:
+        """Every module that at least one of the two adapts, by name."""
+
+    @_builtins.property
+    def total(self) -> Global___ModuleDifference:
+        """All modules together; module is empty."""
+
+    def __init__(
+        self,
+        *,
+        config: _abc.Iterable[Global___ConfigDifference] | None = ...,
+        modules: _abc.Iterable[Global___ModuleDifference] | None = ...,
+        total: Global___ModuleDifference | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["total", b"total"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "modules", b"modules", "total", b"total"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DiffRevisionsResponse: _TypeAlias = DiffRevisionsResponse  # noqa: Y015
+
+@_typing.final
+class ConfigDifference(_message.Message):
+    """A field of the configuration that differs; the values are JSON."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FIELD_FIELD_NUMBER: _builtins.int
+    VALUE_FIELD_NUMBER: _builtins.int
+    OTHER_VALUE_FIELD_NUMBER: _builtins.int
+    field: _builtins.str
+    """Its name."""
+    value: _builtins.str
+    """In the first revision."""
+    other_value: _builtins.str
+    """In the other."""
+    def __init__(
+        self,
+        *,
+        field: _builtins.str = ...,
+        value: _builtins.str = ...,
+        other_value: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["field", b"field", "other_value", b"other_value", "value", b"value"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ConfigDifference: _TypeAlias = ConfigDifference  # noqa: Y015
+
+@_typing.final
+class ModuleDifference(_message.Message):
+    """Delta W of one module in two revisions. Norms are Frobenius norms, of all experts together."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODULE_FIELD_NUMBER: _builtins.int
+    NUM_EXPERTS_FIELD_NUMBER: _builtins.int
+    RANK_FIELD_NUMBER: _builtins.int
+    OTHER_RANK_FIELD_NUMBER: _builtins.int
+    NORM_FIELD_NUMBER: _builtins.int
+    OTHER_NORM_FIELD_NUMBER: _builtins.int
+    NORM_DIFFERENCE_FIELD_NUMBER: _builtins.int
+    COSINE_FIELD_NUMBER: _builtins.int
+    MAX_ABS_DIFFERENCE_FIELD_NUMBER: _builtins.int
+    MAX_IS_EXACT_FIELD_NUMBER: _builtins.int
+    module: _builtins.str
+    """Dotted name in the base; of stacked experts without the expert's number."""
+    num_experts: _builtins.int
+    """0 for a dense module."""
+    rank: _builtins.int
+    """Rank in the first revision; 0 where it leaves the module alone."""
+    other_rank: _builtins.int
+    """Rank in the other."""
+    norm: _builtins.float
+    """Norm of delta W in the first revision."""
+    other_norm: _builtins.float
+    """Norm in the other."""
+    norm_difference: _builtins.float
+    """Norm of the first minus the other."""
+    cosine: _builtins.float
+    """Of the angle between the two; absent where one is zero."""
+    max_abs_difference: _builtins.float
+    """Largest absolute element of the difference, or a bound above it."""
+    max_is_exact: _builtins.bool
+    """Whether it is that element and no bound."""
+    def __init__(
+        self,
+        *,
+        module: _builtins.str = ...,
+        num_experts: _builtins.int = ...,
+        rank: _builtins.int = ...,
+        other_rank: _builtins.int = ...,
+        norm: _builtins.float = ...,
+        other_norm: _builtins.float = ...,
+        norm_difference: _builtins.float = ...,
+        cosine: _builtins.float | None = ...,
+        max_abs_difference: _builtins.float = ...,
+        max_is_exact: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_cosine", b"_cosine", "cosine", b"cosine"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cosine", b"_cosine", "cosine", b"cosine", "max_abs_difference", b"max_abs_difference", "max_is_exact", b"max_is_exact", "module", b"module", "norm", b"norm", "norm_difference", b"norm_difference", "num_experts", b"num_experts", "other_norm", b"other_norm", "other_rank", b"other_rank", "rank", b"rank"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__cosine: _TypeAlias = _typing.Literal["cosine"]  # noqa: Y015
+    _WhichOneofArgType__cosine: _TypeAlias = _typing.Literal["_cosine", b"_cosine"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__cosine) -> _WhichOneofReturnType__cosine | None: ...
+
+Global___ModuleDifference: _TypeAlias = ModuleDifference  # noqa: Y015

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class ExporterServiceStub:
-    """From training state to published revision. Served by exporter.
+    """From training state to published revision, and PEFT adapters in and out. Served by exporter.
     """
 
     def __init__(self, channel):
@@ -45,10 +45,20 @@ class ExporterServiceStub:
                 request_serializer=mint_dot_runtime_dot_v1_dot_exporter__service__pb2.ImportRevisionRequest.SerializeToString,
                 response_deserializer=mint_dot_runtime_dot_v1_dot_exporter__service__pb2.ImportRevisionResponse.FromString,
                 _registered_method=True)
+        self.ExportPeft = channel.unary_stream(
+                '/mint.runtime.v1.ExporterService/ExportPeft',
+                request_serializer=mint_dot_runtime_dot_v1_dot_exporter__service__pb2.ExportPeftRequest.SerializeToString,
+                response_deserializer=mint_dot_runtime_dot_v1_dot_exporter__service__pb2.ExportPeftResponse.FromString,
+                _registered_method=True)
+        self.DiffRevisions = channel.unary_unary(
+                '/mint.runtime.v1.ExporterService/DiffRevisions',
+                request_serializer=mint_dot_runtime_dot_v1_dot_exporter__service__pb2.DiffRevisionsRequest.SerializeToString,
+                response_deserializer=mint_dot_runtime_dot_v1_dot_exporter__service__pb2.DiffRevisionsResponse.FromString,
+                _registered_method=True)
 
 
 class ExporterServiceServicer:
-    """From training state to published revision. Served by exporter.
+    """From training state to published revision, and PEFT adapters in and out. Served by exporter.
     """
 
     def Export(self, request, context):
@@ -68,12 +78,46 @@ class ExporterServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ImportRevision(self, request, context):
-        """Publishes an uploaded PEFT adapter (a safetensors blob and its adapter_config.json) as a revision.
+        """Publishes a PEFT adapter as a revision: uploaded (a safetensors blob with its adapter_config.json, or an archive of
+        the folder), or an object below tenants/{tenant}/imports/. Of an archive only adapter_config.json and
+        adapter_model.safetensors are read; one that holds links, devices, absolute paths or "..", or more than is
+        allowed, is refused, and so is an adapter that is pickled.
 
         Errors:
         * As Export, and
-        * FAILED_PRECONDITION / BLOB_MISSING: the weights were not uploaded.
+        * INVALID_ARGUMENT / INVALID_FIELD: not exactly one of weights, archive and object; no safe archive; no adapter.
+        * NOT_FOUND / RESOURCE_NOT_FOUND: no such policy or object.
+        * FAILED_PRECONDITION / BLOB_MISSING: the weights or the archive were not uploaded.
         * FAILED_PRECONDITION / LEASE_HELD: the policy is being trained.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ExportPeft(self, request, context):
+        """Streams a revision as the files of a PEFT folder, each announced and then carried in chunks of at most 1 MiB, in
+        order. The blob is checked before the first byte is sent.
+
+        Errors:
+        * INVALID_ARGUMENT / INVALID_FIELD: bad name or layout.
+        * NOT_FOUND / RESOURCE_NOT_FOUND: no such revision.
+        * RESOURCE_EXHAUSTED / LIMIT_EXCEEDED: larger than this exporter works with.
+        * DATA_LOSS / BLOB_CORRUPT: the stored blob lost its digest.
+        * UNAVAILABLE: object store or catalog away.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DiffRevisions(self, request, context):
+        """Compares two revisions of one tenant: configuration, and delta W module by module.
+
+        Errors:
+        * INVALID_ARGUMENT / INVALID_FIELD: bad names, two tenants, or adapters whose modules differ in shape.
+        * NOT_FOUND / RESOURCE_NOT_FOUND: no such revision.
+        * RESOURCE_EXHAUSTED / LIMIT_EXCEEDED: larger than this exporter works with.
+        * DATA_LOSS / BLOB_CORRUPT: a stored blob lost its digest.
+        * UNAVAILABLE: object store or catalog away.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -92,6 +136,16 @@ def add_ExporterServiceServicer_to_server(servicer, server):
                     request_deserializer=mint_dot_runtime_dot_v1_dot_exporter__service__pb2.ImportRevisionRequest.FromString,
                     response_serializer=mint_dot_runtime_dot_v1_dot_exporter__service__pb2.ImportRevisionResponse.SerializeToString,
             ),
+            'ExportPeft': grpc.unary_stream_rpc_method_handler(
+                    servicer.ExportPeft,
+                    request_deserializer=mint_dot_runtime_dot_v1_dot_exporter__service__pb2.ExportPeftRequest.FromString,
+                    response_serializer=mint_dot_runtime_dot_v1_dot_exporter__service__pb2.ExportPeftResponse.SerializeToString,
+            ),
+            'DiffRevisions': grpc.unary_unary_rpc_method_handler(
+                    servicer.DiffRevisions,
+                    request_deserializer=mint_dot_runtime_dot_v1_dot_exporter__service__pb2.DiffRevisionsRequest.FromString,
+                    response_serializer=mint_dot_runtime_dot_v1_dot_exporter__service__pb2.DiffRevisionsResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'mint.runtime.v1.ExporterService', rpc_method_handlers)
@@ -101,7 +155,7 @@ def add_ExporterServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ExporterService:
-    """From training state to published revision. Served by exporter.
+    """From training state to published revision, and PEFT adapters in and out. Served by exporter.
     """
 
     @staticmethod
@@ -148,6 +202,60 @@ class ExporterService:
             '/mint.runtime.v1.ExporterService/ImportRevision',
             mint_dot_runtime_dot_v1_dot_exporter__service__pb2.ImportRevisionRequest.SerializeToString,
             mint_dot_runtime_dot_v1_dot_exporter__service__pb2.ImportRevisionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExportPeft(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/mint.runtime.v1.ExporterService/ExportPeft',
+            mint_dot_runtime_dot_v1_dot_exporter__service__pb2.ExportPeftRequest.SerializeToString,
+            mint_dot_runtime_dot_v1_dot_exporter__service__pb2.ExportPeftResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DiffRevisions(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mint.runtime.v1.ExporterService/DiffRevisions',
+            mint_dot_runtime_dot_v1_dot_exporter__service__pb2.DiffRevisionsRequest.SerializeToString,
+            mint_dot_runtime_dot_v1_dot_exporter__service__pb2.DiffRevisionsResponse.FromString,
             options,
             channel_credentials,
             insecure,

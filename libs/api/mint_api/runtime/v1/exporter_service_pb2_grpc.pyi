@@ -27,7 +27,7 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class ExporterServiceStub:
-    """From training state to published revision. Served by exporter."""
+    """From training state to published revision, and PEFT adapters in and out. Served by exporter."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -46,17 +46,43 @@ class ExporterServiceStub:
     * UNAVAILABLE: object store or catalog away.
     """
     ImportRevision: _grpc.UnaryUnaryMultiCallable[_exporter_service_pb2.ImportRevisionRequest, _exporter_service_pb2.ImportRevisionResponse]
-    """Publishes an uploaded PEFT adapter (a safetensors blob and its adapter_config.json) as a revision.
+    """Publishes a PEFT adapter as a revision: uploaded (a safetensors blob with its adapter_config.json, or an archive of
+    the folder), or an object below tenants/{tenant}/imports/. Of an archive only adapter_config.json and
+    adapter_model.safetensors are read; one that holds links, devices, absolute paths or "..", or more than is
+    allowed, is refused, and so is an adapter that is pickled.
 
     Errors:
     * As Export, and
-    * FAILED_PRECONDITION / BLOB_MISSING: the weights were not uploaded.
+    * INVALID_ARGUMENT / INVALID_FIELD: not exactly one of weights, archive and object; no safe archive; no adapter.
+    * NOT_FOUND / RESOURCE_NOT_FOUND: no such policy or object.
+    * FAILED_PRECONDITION / BLOB_MISSING: the weights or the archive were not uploaded.
     * FAILED_PRECONDITION / LEASE_HELD: the policy is being trained.
+    """
+    ExportPeft: _grpc.UnaryStreamMultiCallable[_exporter_service_pb2.ExportPeftRequest, _exporter_service_pb2.ExportPeftResponse]
+    """Streams a revision as the files of a PEFT folder, each announced and then carried in chunks of at most 1 MiB, in
+    order. The blob is checked before the first byte is sent.
+
+    Errors:
+    * INVALID_ARGUMENT / INVALID_FIELD: bad name or layout.
+    * NOT_FOUND / RESOURCE_NOT_FOUND: no such revision.
+    * RESOURCE_EXHAUSTED / LIMIT_EXCEEDED: larger than this exporter works with.
+    * DATA_LOSS / BLOB_CORRUPT: the stored blob lost its digest.
+    * UNAVAILABLE: object store or catalog away.
+    """
+    DiffRevisions: _grpc.UnaryUnaryMultiCallable[_exporter_service_pb2.DiffRevisionsRequest, _exporter_service_pb2.DiffRevisionsResponse]
+    """Compares two revisions of one tenant: configuration, and delta W module by module.
+
+    Errors:
+    * INVALID_ARGUMENT / INVALID_FIELD: bad names, two tenants, or adapters whose modules differ in shape.
+    * NOT_FOUND / RESOURCE_NOT_FOUND: no such revision.
+    * RESOURCE_EXHAUSTED / LIMIT_EXCEEDED: larger than this exporter works with.
+    * DATA_LOSS / BLOB_CORRUPT: a stored blob lost its digest.
+    * UNAVAILABLE: object store or catalog away.
     """
 
 @_typing.type_check_only
 class ExporterServiceAsyncStub(ExporterServiceStub):
-    """From training state to published revision. Served by exporter."""
+    """From training state to published revision, and PEFT adapters in and out. Served by exporter."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Export: _aio.UnaryUnaryMultiCallable[_exporter_service_pb2.ExportRequest, _exporter_service_pb2.ExportResponse]  # type: ignore[assignment]
@@ -72,16 +98,42 @@ class ExporterServiceAsyncStub(ExporterServiceStub):
     * UNAVAILABLE: object store or catalog away.
     """
     ImportRevision: _aio.UnaryUnaryMultiCallable[_exporter_service_pb2.ImportRevisionRequest, _exporter_service_pb2.ImportRevisionResponse]  # type: ignore[assignment]
-    """Publishes an uploaded PEFT adapter (a safetensors blob and its adapter_config.json) as a revision.
+    """Publishes a PEFT adapter as a revision: uploaded (a safetensors blob with its adapter_config.json, or an archive of
+    the folder), or an object below tenants/{tenant}/imports/. Of an archive only adapter_config.json and
+    adapter_model.safetensors are read; one that holds links, devices, absolute paths or "..", or more than is
+    allowed, is refused, and so is an adapter that is pickled.
 
     Errors:
     * As Export, and
-    * FAILED_PRECONDITION / BLOB_MISSING: the weights were not uploaded.
+    * INVALID_ARGUMENT / INVALID_FIELD: not exactly one of weights, archive and object; no safe archive; no adapter.
+    * NOT_FOUND / RESOURCE_NOT_FOUND: no such policy or object.
+    * FAILED_PRECONDITION / BLOB_MISSING: the weights or the archive were not uploaded.
     * FAILED_PRECONDITION / LEASE_HELD: the policy is being trained.
+    """
+    ExportPeft: _aio.UnaryStreamMultiCallable[_exporter_service_pb2.ExportPeftRequest, _exporter_service_pb2.ExportPeftResponse]  # type: ignore[assignment]
+    """Streams a revision as the files of a PEFT folder, each announced and then carried in chunks of at most 1 MiB, in
+    order. The blob is checked before the first byte is sent.
+
+    Errors:
+    * INVALID_ARGUMENT / INVALID_FIELD: bad name or layout.
+    * NOT_FOUND / RESOURCE_NOT_FOUND: no such revision.
+    * RESOURCE_EXHAUSTED / LIMIT_EXCEEDED: larger than this exporter works with.
+    * DATA_LOSS / BLOB_CORRUPT: the stored blob lost its digest.
+    * UNAVAILABLE: object store or catalog away.
+    """
+    DiffRevisions: _aio.UnaryUnaryMultiCallable[_exporter_service_pb2.DiffRevisionsRequest, _exporter_service_pb2.DiffRevisionsResponse]  # type: ignore[assignment]
+    """Compares two revisions of one tenant: configuration, and delta W module by module.
+
+    Errors:
+    * INVALID_ARGUMENT / INVALID_FIELD: bad names, two tenants, or adapters whose modules differ in shape.
+    * NOT_FOUND / RESOURCE_NOT_FOUND: no such revision.
+    * RESOURCE_EXHAUSTED / LIMIT_EXCEEDED: larger than this exporter works with.
+    * DATA_LOSS / BLOB_CORRUPT: a stored blob lost its digest.
+    * UNAVAILABLE: object store or catalog away.
     """
 
 class ExporterServiceServicer(metaclass=_abc_1.ABCMeta):
-    """From training state to published revision. Served by exporter."""
+    """From training state to published revision, and PEFT adapters in and out. Served by exporter."""
 
     @_abc_1.abstractmethod
     def Export(
@@ -107,12 +159,50 @@ class ExporterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _exporter_service_pb2.ImportRevisionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_exporter_service_pb2.ImportRevisionResponse, _abc.Awaitable[_exporter_service_pb2.ImportRevisionResponse]]:
-        """Publishes an uploaded PEFT adapter (a safetensors blob and its adapter_config.json) as a revision.
+        """Publishes a PEFT adapter as a revision: uploaded (a safetensors blob with its adapter_config.json, or an archive of
+        the folder), or an object below tenants/{tenant}/imports/. Of an archive only adapter_config.json and
+        adapter_model.safetensors are read; one that holds links, devices, absolute paths or "..", or more than is
+        allowed, is refused, and so is an adapter that is pickled.
 
         Errors:
         * As Export, and
-        * FAILED_PRECONDITION / BLOB_MISSING: the weights were not uploaded.
+        * INVALID_ARGUMENT / INVALID_FIELD: not exactly one of weights, archive and object; no safe archive; no adapter.
+        * NOT_FOUND / RESOURCE_NOT_FOUND: no such policy or object.
+        * FAILED_PRECONDITION / BLOB_MISSING: the weights or the archive were not uploaded.
         * FAILED_PRECONDITION / LEASE_HELD: the policy is being trained.
+        """
+
+    @_abc_1.abstractmethod
+    def ExportPeft(
+        self,
+        request: _exporter_service_pb2.ExportPeftRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_exporter_service_pb2.ExportPeftResponse], _abc.AsyncIterator[_exporter_service_pb2.ExportPeftResponse]]:
+        """Streams a revision as the files of a PEFT folder, each announced and then carried in chunks of at most 1 MiB, in
+        order. The blob is checked before the first byte is sent.
+
+        Errors:
+        * INVALID_ARGUMENT / INVALID_FIELD: bad name or layout.
+        * NOT_FOUND / RESOURCE_NOT_FOUND: no such revision.
+        * RESOURCE_EXHAUSTED / LIMIT_EXCEEDED: larger than this exporter works with.
+        * DATA_LOSS / BLOB_CORRUPT: the stored blob lost its digest.
+        * UNAVAILABLE: object store or catalog away.
+        """
+
+    @_abc_1.abstractmethod
+    def DiffRevisions(
+        self,
+        request: _exporter_service_pb2.DiffRevisionsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_exporter_service_pb2.DiffRevisionsResponse, _abc.Awaitable[_exporter_service_pb2.DiffRevisionsResponse]]:
+        """Compares two revisions of one tenant: configuration, and delta W module by module.
+
+        Errors:
+        * INVALID_ARGUMENT / INVALID_FIELD: bad names, two tenants, or adapters whose modules differ in shape.
+        * NOT_FOUND / RESOURCE_NOT_FOUND: no such revision.
+        * RESOURCE_EXHAUSTED / LIMIT_EXCEEDED: larger than this exporter works with.
+        * DATA_LOSS / BLOB_CORRUPT: a stored blob lost its digest.
+        * UNAVAILABLE: object store or catalog away.
         """
 
 def add_ExporterServiceServicer_to_server(servicer: ExporterServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -26,7 +26,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from mint_api.v1 import common_pb2 as mint_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$mint/runtime/v1/loader_service.proto\x12\x0fmint.runtime.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x14mint/v1/common.proto\"\x93\x01\n\nAdapterRef\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x1e\n\x04\x62lob\x18\x02 \x01(\x0b\x32\x10.mint.v1.BlobRef\x12\x12\n\nobject_key\x18\x03 \x01(\t\x12\x13\n\x0b\x62\x61se_digest\x18\x04 \x01(\t\x12,\n\tsignature\x18\x05 \x01(\x0b\x32\x19.mint.v1.AdapterSignature\"\xed\x01\n\nLoadTicket\x12\x0c\n\x04name\x18\x01 \x01(\t\x12,\n\x07\x61\x64\x61pter\x18\x02 \x01(\x0b\x32\x1b.mint.runtime.v1.AdapterRef\x12#\n\x04tier\x18\x03 \x01(\x0e\x32\x15.mint.runtime.v1.Tier\x12\x10\n\x08priority\x18\x04 \x01(\x05\x12,\n\x08\x64\x65\x61\x64line\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x05state\x18\x06 \x01(\x0e\x32 .mint.runtime.v1.LoadTicketState\x12\r\n\x05\x65rror\x18\x07 \x01(\t\"z\n\x13\x45nsureLoadedRequest\x12,\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x1b.mint.runtime.v1.AdapterRef\x12#\n\x04tier\x18\x02 \x01(\x0e\x32\x15.mint.runtime.v1.Tier\x12\x10\n\x08priority\x18\x03 \x01(\x05\"y\n\x14\x45nsureLoadedResponse\x12\'\n\x08\x66ound_at\x18\x01 \x01(\x0e\x32\x15.mint.runtime.v1.Tier\x12\x10\n\x08\x66\x65tch_ms\x18\x02 \x01(\x01\x12\x0f\n\x07load_ms\x18\x03 \x01(\x01\x12\x15\n\rbytes_fetched\x18\x04 \x01(\x03\"w\n\x0fPrefetchRequest\x12-\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x1b.mint.runtime.v1.AdapterRef\x12#\n\x04tier\x18\x02 \x01(\x0e\x32\x15.mint.runtime.v1.Tier\x12\x10\n\x08priority\x18\x03 \x01(\x05\"E\n\x10PrefetchResponse\x12\x31\n\x0cload_tickets\x18\x01 \x03(\x0b\x32\x1b.mint.runtime.v1.LoadTicket\"$\n\x14GetLoadTicketRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"I\n\x15GetLoadTicketResponse\x12\x30\n\x0bload_ticket\x18\x01 \x01(\x0b\x32\x1b.mint.runtime.v1.LoadTicket\"\'\n\x17\x43\x61ncelLoadTicketRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"L\n\x18\x43\x61ncelLoadTicketResponse\x12\x30\n\x0bload_ticket\x18\x01 \x01(\x0b\x32\x1b.mint.runtime.v1.LoadTicket\"\x18\n\x16GetLoaderStatusRequest\"\xd8\x01\n\x17GetLoaderStatusResponse\x12\x13\n\x0b\x63\x61\x63he_bytes\x18\x01 \x01(\x03\x12\x17\n\x0fmax_cache_bytes\x18\x02 \x01(\x03\x12\x12\n\nnum_cached\x18\x03 \x01(\x05\x12\x12\n\nnum_queued\x18\x04 \x01(\x05\x12\x13\n\x0bnum_loading\x18\x05 \x01(\x05\x12\x10\n\x08num_hits\x18\x06 \x01(\x03\x12\x12\n\nnum_misses\x18\x07 \x01(\x03\x12\x15\n\rnum_evictions\x18\x08 \x01(\x03\x12\x15\n\rbytes_fetched\x18\t \x01(\x03*Y\n\x04Tier\x12\x14\n\x10TIER_UNSPECIFIED\x10\x00\x12\x0e\n\nTIER_STORE\x10\x01\x12\r\n\tTIER_DISK\x10\x02\x12\r\n\tTIER_HOST\x10\x03\x12\r\n\tTIER_SLOT\x10\x04*\xcc\x01\n\x0fLoadTicketState\x12!\n\x1dLOAD_TICKET_STATE_UNSPECIFIED\x10\x00\x12\x1c\n\x18LOAD_TICKET_STATE_QUEUED\x10\x01\x12\x1d\n\x19LOAD_TICKET_STATE_LOADING\x10\x02\x12\x1a\n\x16LOAD_TICKET_STATE_DONE\x10\x03\x12\x1c\n\x18LOAD_TICKET_STATE_FAILED\x10\x04\x12\x1f\n\x1bLOAD_TICKET_STATE_CANCELLED\x10\x05\x32\xec\x03\n\rLoaderService\x12[\n\x0c\x45nsureLoaded\x12$.mint.runtime.v1.EnsureLoadedRequest\x1a%.mint.runtime.v1.EnsureLoadedResponse\x12O\n\x08Prefetch\x12 .mint.runtime.v1.PrefetchRequest\x1a!.mint.runtime.v1.PrefetchResponse\x12^\n\rGetLoadTicket\x12%.mint.runtime.v1.GetLoadTicketRequest\x1a&.mint.runtime.v1.GetLoadTicketResponse\x12g\n\x10\x43\x61ncelLoadTicket\x12(.mint.runtime.v1.CancelLoadTicketRequest\x1a).mint.runtime.v1.CancelLoadTicketResponse\x12\x64\n\x0fGetLoaderStatus\x12\'.mint.runtime.v1.GetLoaderStatusRequest\x1a(.mint.runtime.v1.GetLoaderStatusResponseB3Z1mint.dev/api/gen/go/mint/runtime/v1;mintruntimev1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$mint/runtime/v1/loader_service.proto\x12\x0fmint.runtime.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x14mint/v1/common.proto\"\x93\x01\n\nAdapterRef\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x1e\n\x04\x62lob\x18\x02 \x01(\x0b\x32\x10.mint.v1.BlobRef\x12\x12\n\nobject_key\x18\x03 \x01(\t\x12\x13\n\x0b\x62\x61se_digest\x18\x04 \x01(\t\x12,\n\tsignature\x18\x05 \x01(\x0b\x32\x19.mint.v1.AdapterSignature\"\xed\x01\n\nLoadTicket\x12\x0c\n\x04name\x18\x01 \x01(\t\x12,\n\x07\x61\x64\x61pter\x18\x02 \x01(\x0b\x32\x1b.mint.runtime.v1.AdapterRef\x12#\n\x04tier\x18\x03 \x01(\x0e\x32\x15.mint.runtime.v1.Tier\x12\x10\n\x08priority\x18\x04 \x01(\x05\x12,\n\x08\x64\x65\x61\x64line\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x05state\x18\x06 \x01(\x0e\x32 .mint.runtime.v1.LoadTicketState\x12\r\n\x05\x65rror\x18\x07 \x01(\t\"\xc3\x02\n\x03Pin\x12\r\n\x05\x61lias\x18\x01 \x01(\t\x12#\n\x04tier\x18\x02 \x01(\x0e\x32\x15.mint.runtime.v1.Tier\x12.\n\nstart_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x63reate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x11\n\tprincipal\x18\x06 \x01(\t\x12(\n\x05state\x18\x07 \x01(\x0e\x32\x19.mint.runtime.v1.PinState\x12-\n\x08\x61\x64\x61pters\x18\x08 \x03(\x0b\x32\x1b.mint.runtime.v1.AdapterRef\x12\r\n\x05\x65rror\x18\t \x01(\t\"\xf6\x01\n\nTierStatus\x12#\n\x04tier\x18\x01 \x01(\x0e\x32\x15.mint.runtime.v1.Tier\x12\x14\n\x0cnum_adapters\x18\x02 \x01(\x03\x12\x12\n\nsize_bytes\x18\x03 \x01(\x03\x12\x11\n\tmax_bytes\x18\x04 \x01(\x03\x12\x12\n\nnum_pinned\x18\x05 \x01(\x03\x12\x10\n\x08num_hits\x18\x06 \x01(\x03\x12\x12\n\nnum_misses\x18\x07 \x01(\x03\x12\x13\n\x0bnum_running\x18\x08 \x01(\x05\x12\x12\n\nnum_places\x18\t \x01(\x05\x12\x12\n\nnum_queued\x18\n \x01(\x05\x12\x0f\n\x07mean_ms\x18\x0b \x01(\x01\"\xc5\x01\n\x0bTenantQueue\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x12\n\nnum_queued\x18\x02 \x01(\x05\x12\x13\n\x0bnum_running\x18\x03 \x01(\x05\x12\x18\n\x10num_open_tickets\x18\x04 \x01(\x05\x12\x10\n\x08num_done\x18\x05 \x01(\x03\x12\x12\n\nnum_failed\x18\x06 \x01(\x03\x12\x13\n\x0bnum_refused\x18\x07 \x01(\x03\x12\x13\n\x0bwait_p50_ms\x18\x08 \x01(\x01\x12\x13\n\x0bwait_p99_ms\x18\t \x01(\x01\"\x8c\x01\n\x13\x45nsureLoadedRequest\x12,\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x1b.mint.runtime.v1.AdapterRef\x12#\n\x04tier\x18\x02 \x01(\x0e\x32\x15.mint.runtime.v1.Tier\x12\x10\n\x08priority\x18\x03 \x01(\x05\x12\x10\n\x08revision\x18\x04 \x01(\t\"y\n\x14\x45nsureLoadedResponse\x12\'\n\x08\x66ound_at\x18\x01 \x01(\x0e\x32\x15.mint.runtime.v1.Tier\x12\x10\n\x08\x66\x65tch_ms\x18\x02 \x01(\x01\x12\x0f\n\x07load_ms\x18\x03 \x01(\x01\x12\x15\n\rbytes_fetched\x18\x04 \x01(\x03\"\xa5\x01\n\x0fPrefetchRequest\x12-\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x1b.mint.runtime.v1.AdapterRef\x12#\n\x04tier\x18\x02 \x01(\x0e\x32\x15.mint.runtime.v1.Tier\x12\x10\n\x08priority\x18\x03 \x01(\x05\x12,\n\x08\x64\x65\x61\x64line\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"E\n\x10PrefetchResponse\x12\x31\n\x0cload_tickets\x18\x01 \x03(\x0b\x32\x1b.mint.runtime.v1.LoadTicket\"$\n\x14GetLoadTicketRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"I\n\x15GetLoadTicketResponse\x12\x30\n\x0bload_ticket\x18\x01 \x01(\x0b\x32\x1b.mint.runtime.v1.LoadTicket\"\'\n\x17\x43\x61ncelLoadTicketRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"L\n\x18\x43\x61ncelLoadTicketResponse\x12\x30\n\x0bload_ticket\x18\x01 \x01(\x0b\x32\x1b.mint.runtime.v1.LoadTicket\"N\n\x16ListLoadTicketsRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x11\n\topen_only\x18\x02 \x01(\x08\x12\x11\n\tpage_size\x18\x03 \x01(\x05\"L\n\x17ListLoadTicketsResponse\x12\x31\n\x0cload_tickets\x18\x01 \x03(\x0b\x32\x1b.mint.runtime.v1.LoadTicket\"5\n\x10PinPolicyRequest\x12!\n\x03pin\x18\x01 \x01(\x0b\x32\x14.mint.runtime.v1.Pin\"6\n\x11PinPolicyResponse\x12!\n\x03pin\x18\x01 \x01(\x0b\x32\x14.mint.runtime.v1.Pin\"#\n\x12UnpinPolicyRequest\x12\r\n\x05\x61lias\x18\x01 \x01(\t\"\x15\n\x13UnpinPolicyResponse\"\x11\n\x0fListPinsRequest\"6\n\x10ListPinsResponse\x12\"\n\x04pins\x18\x01 \x03(\x0b\x32\x14.mint.runtime.v1.Pin\"\x18\n\x16GetLoaderStatusRequest\"\xdd\x02\n\x17GetLoaderStatusResponse\x12\x13\n\x0b\x63\x61\x63he_bytes\x18\x01 \x01(\x03\x12\x17\n\x0fmax_cache_bytes\x18\x02 \x01(\x03\x12\x12\n\nnum_cached\x18\x03 \x01(\x05\x12\x12\n\nnum_queued\x18\x04 \x01(\x05\x12\x13\n\x0bnum_loading\x18\x05 \x01(\x05\x12\x10\n\x08num_hits\x18\x06 \x01(\x03\x12\x12\n\nnum_misses\x18\x07 \x01(\x03\x12\x15\n\rnum_evictions\x18\x08 \x01(\x03\x12\x15\n\rbytes_fetched\x18\t \x01(\x03\x12*\n\x05tiers\x18\n \x03(\x0b\x32\x1b.mint.runtime.v1.TierStatus\x12-\n\x07tenants\x18\x0b \x03(\x0b\x32\x1c.mint.runtime.v1.TenantQueue\x12\x10\n\x08num_pins\x18\x0c \x01(\x05\x12\x16\n\x0enum_prefetched\x18\r \x01(\x03*Y\n\x04Tier\x12\x14\n\x10TIER_UNSPECIFIED\x10\x00\x12\x0e\n\nTIER_STORE\x10\x01\x12\r\n\tTIER_DISK\x10\x02\x12\r\n\tTIER_HOST\x10\x03\x12\r\n\tTIER_SLOT\x10\x04*\xcc\x01\n\x0fLoadTicketState\x12!\n\x1dLOAD_TICKET_STATE_UNSPECIFIED\x10\x00\x12\x1c\n\x18LOAD_TICKET_STATE_QUEUED\x10\x01\x12\x1d\n\x19LOAD_TICKET_STATE_LOADING\x10\x02\x12\x1a\n\x16LOAD_TICKET_STATE_DONE\x10\x03\x12\x1c\n\x18LOAD_TICKET_STATE_FAILED\x10\x04\x12\x1f\n\x1bLOAD_TICKET_STATE_CANCELLED\x10\x05*i\n\x08PinState\x12\x19\n\x15PIN_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13PIN_STATE_SCHEDULED\x10\x01\x12\x15\n\x11PIN_STATE_LOADING\x10\x02\x12\x12\n\x0ePIN_STATE_HELD\x10\x03\x32\xd1\x06\n\rLoaderService\x12[\n\x0c\x45nsureLoaded\x12$.mint.runtime.v1.EnsureLoadedRequest\x1a%.mint.runtime.v1.EnsureLoadedResponse\x12O\n\x08Prefetch\x12 .mint.runtime.v1.PrefetchRequest\x1a!.mint.runtime.v1.PrefetchResponse\x12^\n\rGetLoadTicket\x12%.mint.runtime.v1.GetLoadTicketRequest\x1a&.mint.runtime.v1.GetLoadTicketResponse\x12g\n\x10\x43\x61ncelLoadTicket\x12(.mint.runtime.v1.CancelLoadTicketRequest\x1a).mint.runtime.v1.CancelLoadTicketResponse\x12\x64\n\x0fListLoadTickets\x12\'.mint.runtime.v1.ListLoadTicketsRequest\x1a(.mint.runtime.v1.ListLoadTicketsResponse\x12R\n\tPinPolicy\x12!.mint.runtime.v1.PinPolicyRequest\x1a\".mint.runtime.v1.PinPolicyResponse\x12X\n\x0bUnpinPolicy\x12#.mint.runtime.v1.UnpinPolicyRequest\x1a$.mint.runtime.v1.UnpinPolicyResponse\x12O\n\x08ListPins\x12 .mint.runtime.v1.ListPinsRequest\x1a!.mint.runtime.v1.ListPinsResponse\x12\x64\n\x0fGetLoaderStatus\x12\'.mint.runtime.v1.GetLoaderStatusRequest\x1a(.mint.runtime.v1.GetLoaderStatusResponseB3Z1mint.dev/api/gen/go/mint/runtime/v1;mintruntimev1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,34 +34,58 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'mint.runtime.v1.loader_serv
 if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'Z1mint.dev/api/gen/go/mint/runtime/v1;mintruntimev1'
-  _globals['_TIER']._serialized_start=1418
-  _globals['_TIER']._serialized_end=1507
-  _globals['_LOADTICKETSTATE']._serialized_start=1510
-  _globals['_LOADTICKETSTATE']._serialized_end=1714
+  _globals['_TIER']._serialized_start=2796
+  _globals['_TIER']._serialized_end=2885
+  _globals['_LOADTICKETSTATE']._serialized_start=2888
+  _globals['_LOADTICKETSTATE']._serialized_end=3092
+  _globals['_PINSTATE']._serialized_start=3094
+  _globals['_PINSTATE']._serialized_end=3199
   _globals['_ADAPTERREF']._serialized_start=113
   _globals['_ADAPTERREF']._serialized_end=260
   _globals['_LOADTICKET']._serialized_start=263
   _globals['_LOADTICKET']._serialized_end=500
-  _globals['_ENSURELOADEDREQUEST']._serialized_start=502
-  _globals['_ENSURELOADEDREQUEST']._serialized_end=624
-  _globals['_ENSURELOADEDRESPONSE']._serialized_start=626
-  _globals['_ENSURELOADEDRESPONSE']._serialized_end=747
-  _globals['_PREFETCHREQUEST']._serialized_start=749
-  _globals['_PREFETCHREQUEST']._serialized_end=868
-  _globals['_PREFETCHRESPONSE']._serialized_start=870
-  _globals['_PREFETCHRESPONSE']._serialized_end=939
-  _globals['_GETLOADTICKETREQUEST']._serialized_start=941
-  _globals['_GETLOADTICKETREQUEST']._serialized_end=977
-  _globals['_GETLOADTICKETRESPONSE']._serialized_start=979
-  _globals['_GETLOADTICKETRESPONSE']._serialized_end=1052
-  _globals['_CANCELLOADTICKETREQUEST']._serialized_start=1054
-  _globals['_CANCELLOADTICKETREQUEST']._serialized_end=1093
-  _globals['_CANCELLOADTICKETRESPONSE']._serialized_start=1095
-  _globals['_CANCELLOADTICKETRESPONSE']._serialized_end=1171
-  _globals['_GETLOADERSTATUSREQUEST']._serialized_start=1173
-  _globals['_GETLOADERSTATUSREQUEST']._serialized_end=1197
-  _globals['_GETLOADERSTATUSRESPONSE']._serialized_start=1200
-  _globals['_GETLOADERSTATUSRESPONSE']._serialized_end=1416
-  _globals['_LOADERSERVICE']._serialized_start=1717
-  _globals['_LOADERSERVICE']._serialized_end=2209
+  _globals['_PIN']._serialized_start=503
+  _globals['_PIN']._serialized_end=826
+  _globals['_TIERSTATUS']._serialized_start=829
+  _globals['_TIERSTATUS']._serialized_end=1075
+  _globals['_TENANTQUEUE']._serialized_start=1078
+  _globals['_TENANTQUEUE']._serialized_end=1275
+  _globals['_ENSURELOADEDREQUEST']._serialized_start=1278
+  _globals['_ENSURELOADEDREQUEST']._serialized_end=1418
+  _globals['_ENSURELOADEDRESPONSE']._serialized_start=1420
+  _globals['_ENSURELOADEDRESPONSE']._serialized_end=1541
+  _globals['_PREFETCHREQUEST']._serialized_start=1544
+  _globals['_PREFETCHREQUEST']._serialized_end=1709
+  _globals['_PREFETCHRESPONSE']._serialized_start=1711
+  _globals['_PREFETCHRESPONSE']._serialized_end=1780
+  _globals['_GETLOADTICKETREQUEST']._serialized_start=1782
+  _globals['_GETLOADTICKETREQUEST']._serialized_end=1818
+  _globals['_GETLOADTICKETRESPONSE']._serialized_start=1820
+  _globals['_GETLOADTICKETRESPONSE']._serialized_end=1893
+  _globals['_CANCELLOADTICKETREQUEST']._serialized_start=1895
+  _globals['_CANCELLOADTICKETREQUEST']._serialized_end=1934
+  _globals['_CANCELLOADTICKETRESPONSE']._serialized_start=1936
+  _globals['_CANCELLOADTICKETRESPONSE']._serialized_end=2012
+  _globals['_LISTLOADTICKETSREQUEST']._serialized_start=2014
+  _globals['_LISTLOADTICKETSREQUEST']._serialized_end=2092
+  _globals['_LISTLOADTICKETSRESPONSE']._serialized_start=2094
+  _globals['_LISTLOADTICKETSRESPONSE']._serialized_end=2170
+  _globals['_PINPOLICYREQUEST']._serialized_start=2172
+  _globals['_PINPOLICYREQUEST']._serialized_end=2225
+  _globals['_PINPOLICYRESPONSE']._serialized_start=2227
+  _globals['_PINPOLICYRESPONSE']._serialized_end=2281
+  _globals['_UNPINPOLICYREQUEST']._serialized_start=2283
+  _globals['_UNPINPOLICYREQUEST']._serialized_end=2318
+  _globals['_UNPINPOLICYRESPONSE']._serialized_start=2320
+  _globals['_UNPINPOLICYRESPONSE']._serialized_end=2341
+  _globals['_LISTPINSREQUEST']._serialized_start=2343
+  _globals['_LISTPINSREQUEST']._serialized_end=2360
+  _globals['_LISTPINSRESPONSE']._serialized_start=2362
+  _globals['_LISTPINSRESPONSE']._serialized_end=2416
+  _globals['_GETLOADERSTATUSREQUEST']._serialized_start=2418
+  _globals['_GETLOADERSTATUSREQUEST']._serialized_end=2442
+  _globals['_GETLOADERSTATUSRESPONSE']._serialized_start=2445
+  _globals['_GETLOADERSTATUSRESPONSE']._serialized_end=2794
+  _globals['_LOADERSERVICE']._serialized_start=3202
+  _globals['_LOADERSERVICE']._serialized_end=4051
 # @@protoc_insertion_point(module_scope)

@@ -89,6 +89,34 @@ LOAD_TICKET_STATE_CANCELLED: LoadTicketState.ValueType  # 5
 """It was cancelled or its deadline passed."""
 Global___LoadTicketState: _TypeAlias = LoadTicketState  # noqa: Y015
 
+class _PinState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PinStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_PinState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    PIN_STATE_UNSPECIFIED: _PinState.ValueType  # 0
+    """Not used on the wire."""
+    PIN_STATE_SCHEDULED: _PinState.ValueType  # 1
+    """Its start time is not near yet."""
+    PIN_STATE_LOADING: _PinState.ValueType  # 2
+    """Adapters are on their way, or could not be brought: see error."""
+    PIN_STATE_HELD: _PinState.ValueType  # 3
+    """Everything is at the tier, as far as this node was last told."""
+
+class PinState(_PinState, metaclass=_PinStateEnumTypeWrapper):
+    """State of a pin."""
+
+PIN_STATE_UNSPECIFIED: PinState.ValueType  # 0
+"""Not used on the wire."""
+PIN_STATE_SCHEDULED: PinState.ValueType  # 1
+"""Its start time is not near yet."""
+PIN_STATE_LOADING: PinState.ValueType  # 2
+"""Adapters are on their way, or could not be brought: see error."""
+PIN_STATE_HELD: PinState.ValueType  # 3
+"""Everything is at the tier, as far as this node was last told."""
+Global___PinState: _TypeAlias = PinState  # noqa: Y015
+
 @_typing.final
 class AdapterRef(_message.Message):
     """What to load: everything the loader needs, so that it asks nobody."""
@@ -182,6 +210,186 @@ class LoadTicket(_message.Message):
 Global___LoadTicket: _TypeAlias = LoadTicket  # noqa: Y015
 
 @_typing.final
+class Pin(_message.Message):
+    """The wish that what an alias points at, its canary included, stays on this node, at a tier and for a time. Survives a
+    restart of the loader; follows the alias.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ALIAS_FIELD_NUMBER: _builtins.int
+    TIER_FIELD_NUMBER: _builtins.int
+    START_TIME_FIELD_NUMBER: _builtins.int
+    END_TIME_FIELD_NUMBER: _builtins.int
+    CREATE_TIME_FIELD_NUMBER: _builtins.int
+    PRINCIPAL_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    ADAPTERS_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    alias: _builtins.str
+    """tenants/{tenant}/policies/{policy}/aliases/{alias}; one pin for each."""
+    tier: Global___Tier.ValueType
+    """DISK: never evicted from the disk. HOST and SLOT: nor from the engine. UNSPECIFIED means HOST."""
+    principal: _builtins.str
+    """Output only. Who made it."""
+    state: Global___PinState.ValueType
+    """Output only."""
+    error: _builtins.str
+    """Output only. What went wrong last: "REASON: sentence"."""
+    @_builtins.property
+    def start_time(self) -> _timestamp_pb2.Timestamp:
+        """Absent means at once. A little before it, the adapters are brought to the disk."""
+
+    @_builtins.property
+    def end_time(self) -> _timestamp_pb2.Timestamp:
+        """Absent means until it is unpinned. After it the pin is gone."""
+
+    @_builtins.property
+    def create_time(self) -> _timestamp_pb2.Timestamp:
+        """Output only."""
+
+    @_builtins.property
+    def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdapterRef]:
+        """Output only. What the alias points at, as last heard."""
+
+    def __init__(
+        self,
+        *,
+        alias: _builtins.str = ...,
+        tier: Global___Tier.ValueType = ...,
+        start_time: _timestamp_pb2.Timestamp | None = ...,
+        end_time: _timestamp_pb2.Timestamp | None = ...,
+        create_time: _timestamp_pb2.Timestamp | None = ...,
+        principal: _builtins.str = ...,
+        state: Global___PinState.ValueType = ...,
+        adapters: _abc.Iterable[Global___AdapterRef] | None = ...,
+        error: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "end_time", b"end_time", "start_time", b"start_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "alias", b"alias", "create_time", b"create_time", "end_time", b"end_time", "error", b"error", "principal", b"principal", "start_time", b"start_time", "state", b"state", "tier", b"tier"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Pin: _TypeAlias = Pin  # noqa: Y015
+
+@_typing.final
+class TierStatus(_message.Message):
+    """One tier of this node, from here towards the engine."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TIER_FIELD_NUMBER: _builtins.int
+    NUM_ADAPTERS_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    MAX_BYTES_FIELD_NUMBER: _builtins.int
+    NUM_PINNED_FIELD_NUMBER: _builtins.int
+    NUM_HITS_FIELD_NUMBER: _builtins.int
+    NUM_MISSES_FIELD_NUMBER: _builtins.int
+    NUM_RUNNING_FIELD_NUMBER: _builtins.int
+    NUM_PLACES_FIELD_NUMBER: _builtins.int
+    NUM_QUEUED_FIELD_NUMBER: _builtins.int
+    MEAN_MS_FIELD_NUMBER: _builtins.int
+    tier: Global___Tier.ValueType
+    """DISK (filled from the object store) or HOST (filled from the disk)."""
+    num_adapters: _builtins.int
+    """Adapters there."""
+    size_bytes: _builtins.int
+    """Bytes there; 0 for HOST, where the engine alone knows."""
+    max_bytes: _builtins.int
+    """Bytes it may hold; 0 for HOST."""
+    num_pinned: _builtins.int
+    """Adapters there that are never evicted."""
+    num_hits: _builtins.int
+    """Found there since start."""
+    num_misses: _builtins.int
+    """Brought there since start."""
+    num_running: _builtins.int
+    """On their way there now."""
+    num_places: _builtins.int
+    """How many may be on their way at one time, before slow ones lend their places."""
+    num_queued: _builtins.int
+    """Waiting for their turn."""
+    mean_ms: _builtins.float
+    """How long one takes, smoothed, in milliseconds; 0 while too few did to say."""
+    def __init__(
+        self,
+        *,
+        tier: Global___Tier.ValueType = ...,
+        num_adapters: _builtins.int = ...,
+        size_bytes: _builtins.int = ...,
+        max_bytes: _builtins.int = ...,
+        num_pinned: _builtins.int = ...,
+        num_hits: _builtins.int = ...,
+        num_misses: _builtins.int = ...,
+        num_running: _builtins.int = ...,
+        num_places: _builtins.int = ...,
+        num_queued: _builtins.int = ...,
+        mean_ms: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_bytes", b"max_bytes", "mean_ms", b"mean_ms", "num_adapters", b"num_adapters", "num_hits", b"num_hits", "num_misses", b"num_misses", "num_pinned", b"num_pinned", "num_places", b"num_places", "num_queued", b"num_queued", "num_running", b"num_running", "size_bytes", b"size_bytes", "tier", b"tier"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TierStatus: _TypeAlias = TierStatus  # noqa: Y015
+
+@_typing.final
+class TenantQueue(_message.Message):
+    """How one tenant stands in this node's queues."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENANT_FIELD_NUMBER: _builtins.int
+    NUM_QUEUED_FIELD_NUMBER: _builtins.int
+    NUM_RUNNING_FIELD_NUMBER: _builtins.int
+    NUM_OPEN_TICKETS_FIELD_NUMBER: _builtins.int
+    NUM_DONE_FIELD_NUMBER: _builtins.int
+    NUM_FAILED_FIELD_NUMBER: _builtins.int
+    NUM_REFUSED_FIELD_NUMBER: _builtins.int
+    WAIT_P50_MS_FIELD_NUMBER: _builtins.int
+    WAIT_P99_MS_FIELD_NUMBER: _builtins.int
+    tenant: _builtins.str
+    """tenants/{tenant}"""
+    num_queued: _builtins.int
+    """Adapters waiting for a fetch or a load."""
+    num_running: _builtins.int
+    """Adapters being fetched or loaded."""
+    num_open_tickets: _builtins.int
+    """Unfinished load tickets."""
+    num_done: _builtins.int
+    """Cold adapters that reached their tier since start."""
+    num_failed: _builtins.int
+    """Requests that failed since start."""
+    num_refused: _builtins.int
+    """Requests that were not admitted since start."""
+    wait_p50_ms: _builtins.float
+    """Median of its latest waits for a cold adapter, in milliseconds, from request to tier."""
+    wait_p99_ms: _builtins.float
+    """99th percentile of the same."""
+    def __init__(
+        self,
+        *,
+        tenant: _builtins.str = ...,
+        num_queued: _builtins.int = ...,
+        num_running: _builtins.int = ...,
+        num_open_tickets: _builtins.int = ...,
+        num_done: _builtins.int = ...,
+        num_failed: _builtins.int = ...,
+        num_refused: _builtins.int = ...,
+        wait_p50_ms: _builtins.float = ...,
+        wait_p99_ms: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_done", b"num_done", "num_failed", b"num_failed", "num_open_tickets", b"num_open_tickets", "num_queued", b"num_queued", "num_refused", b"num_refused", "num_running", b"num_running", "tenant", b"tenant", "wait_p50_ms", b"wait_p50_ms", "wait_p99_ms", b"wait_p99_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TenantQueue: _TypeAlias = TenantQueue  # noqa: Y015
+
+@_typing.final
 class EnsureLoadedRequest(_message.Message):
     """Request of EnsureLoaded."""
 
@@ -190,10 +398,15 @@ class EnsureLoadedRequest(_message.Message):
     ADAPTER_FIELD_NUMBER: _builtins.int
     TIER_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
     tier: Global___Tier.ValueType
     """How far; UNSPECIFIED means HOST."""
     priority: _builtins.int
     """Larger first."""
+    revision: _builtins.str
+    """tenants/{tenant}/policies/{policy}/revisions/{number}, where the caller knows it: tells the node whose publications
+    are worth a prefetch.
+    """
     @_builtins.property
     def adapter(self) -> Global___AdapterRef:
         """What."""
@@ -204,10 +417,11 @@ class EnsureLoadedRequest(_message.Message):
         adapter: Global___AdapterRef | None = ...,
         tier: Global___Tier.ValueType = ...,
         priority: _builtins.int = ...,
+        revision: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "priority", b"priority", "tier", b"tier"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "priority", b"priority", "revision", b"revision", "tier", b"tier"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -256,6 +470,7 @@ class PrefetchRequest(_message.Message):
     ADAPTERS_FIELD_NUMBER: _builtins.int
     TIER_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
+    DEADLINE_FIELD_NUMBER: _builtins.int
     tier: Global___Tier.ValueType
     """How far; UNSPECIFIED means DISK."""
     priority: _builtins.int
@@ -264,16 +479,21 @@ class PrefetchRequest(_message.Message):
     def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdapterRef]:
         """What."""
 
+    @_builtins.property
+    def deadline(self) -> _timestamp_pb2.Timestamp:
+        """Given up after this; absent means the loader's own limit, which also bounds it."""
+
     def __init__(
         self,
         *,
         adapters: _abc.Iterable[Global___AdapterRef] | None = ...,
         tier: Global___Tier.ValueType = ...,
         priority: _builtins.int = ...,
+        deadline: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["deadline", b"deadline"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "priority", b"priority", "tier", b"tier"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "deadline", b"deadline", "priority", b"priority", "tier", b"tier"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -396,6 +616,188 @@ class CancelLoadTicketResponse(_message.Message):
 Global___CancelLoadTicketResponse: _TypeAlias = CancelLoadTicketResponse  # noqa: Y015
 
 @_typing.final
+class ListLoadTicketsRequest(_message.Message):
+    """Request of ListLoadTickets."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENANT_FIELD_NUMBER: _builtins.int
+    OPEN_ONLY_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    tenant: _builtins.str
+    """tenants/{tenant}; empty means all."""
+    open_only: _builtins.bool
+    """Leave finished ones out."""
+    page_size: _builtins.int
+    """At most this many; 0 means 100, more than 1000 is clamped."""
+    def __init__(
+        self,
+        *,
+        tenant: _builtins.str = ...,
+        open_only: _builtins.bool = ...,
+        page_size: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["open_only", b"open_only", "page_size", b"page_size", "tenant", b"tenant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListLoadTicketsRequest: _TypeAlias = ListLoadTicketsRequest  # noqa: Y015
+
+@_typing.final
+class ListLoadTicketsResponse(_message.Message):
+    """Response of ListLoadTickets."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LOAD_TICKETS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def load_tickets(self) -> _containers.RepeatedCompositeFieldContainer[Global___LoadTicket]:
+        """Tickets."""
+
+    def __init__(
+        self,
+        *,
+        load_tickets: _abc.Iterable[Global___LoadTicket] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["load_tickets", b"load_tickets"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListLoadTicketsResponse: _TypeAlias = ListLoadTicketsResponse  # noqa: Y015
+
+@_typing.final
+class PinPolicyRequest(_message.Message):
+    """Request of PinPolicy."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PIN_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def pin(self) -> Global___Pin:
+        """What to keep; output-only fields are ignored."""
+
+    def __init__(
+        self,
+        *,
+        pin: Global___Pin | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["pin", b"pin"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["pin", b"pin"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PinPolicyRequest: _TypeAlias = PinPolicyRequest  # noqa: Y015
+
+@_typing.final
+class PinPolicyResponse(_message.Message):
+    """Response of PinPolicy."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PIN_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def pin(self) -> Global___Pin:
+        """As kept."""
+
+    def __init__(
+        self,
+        *,
+        pin: Global___Pin | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["pin", b"pin"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["pin", b"pin"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PinPolicyResponse: _TypeAlias = PinPolicyResponse  # noqa: Y015
+
+@_typing.final
+class UnpinPolicyRequest(_message.Message):
+    """Request of UnpinPolicy."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ALIAS_FIELD_NUMBER: _builtins.int
+    alias: _builtins.str
+    """tenants/{tenant}/policies/{policy}/aliases/{alias}"""
+    def __init__(
+        self,
+        *,
+        alias: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alias", b"alias"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UnpinPolicyRequest: _TypeAlias = UnpinPolicyRequest  # noqa: Y015
+
+@_typing.final
+class UnpinPolicyResponse(_message.Message):
+    """Response of UnpinPolicy."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UnpinPolicyResponse: _TypeAlias = UnpinPolicyResponse  # noqa: Y015
+
+@_typing.final
+class ListPinsRequest(_message.Message):
+    """Request of ListPins."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListPinsRequest: _TypeAlias = ListPinsRequest  # noqa: Y015
+
+@_typing.final
+class ListPinsResponse(_message.Message):
+    """Response of ListPins."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PINS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def pins(self) -> _containers.RepeatedCompositeFieldContainer[Global___Pin]:
+        """By alias."""
+
+    def __init__(
+        self,
+        *,
+        pins: _abc.Iterable[Global___Pin] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["pins", b"pins"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListPinsResponse: _TypeAlias = ListPinsResponse  # noqa: Y015
+
+@_typing.final
 class GetLoaderStatusRequest(_message.Message):
     """Request of GetLoaderStatus."""
 
@@ -427,6 +829,10 @@ class GetLoaderStatusResponse(_message.Message):
     NUM_MISSES_FIELD_NUMBER: _builtins.int
     NUM_EVICTIONS_FIELD_NUMBER: _builtins.int
     BYTES_FETCHED_FIELD_NUMBER: _builtins.int
+    TIERS_FIELD_NUMBER: _builtins.int
+    TENANTS_FIELD_NUMBER: _builtins.int
+    NUM_PINS_FIELD_NUMBER: _builtins.int
+    NUM_PREFETCHED_FIELD_NUMBER: _builtins.int
     cache_bytes: _builtins.int
     """Bytes of the disk cache in use."""
     max_cache_bytes: _builtins.int
@@ -445,6 +851,18 @@ class GetLoaderStatusResponse(_message.Message):
     """Adapters evicted from disk since start."""
     bytes_fetched: _builtins.int
     """Bytes read from the object store since start."""
+    num_pins: _builtins.int
+    """Pins, scheduled ones included."""
+    num_prefetched: _builtins.int
+    """Publications and moves that were followed with a prefetch since start."""
+    @_builtins.property
+    def tiers(self) -> _containers.RepeatedCompositeFieldContainer[Global___TierStatus]:
+        """DISK, then HOST."""
+
+    @_builtins.property
+    def tenants(self) -> _containers.RepeatedCompositeFieldContainer[Global___TenantQueue]:
+        """Tenants that loaded something, wait or have tickets, by name; at most 1000."""
+
     def __init__(
         self,
         *,
@@ -457,10 +875,14 @@ class GetLoaderStatusResponse(_message.Message):
         num_misses: _builtins.int = ...,
         num_evictions: _builtins.int = ...,
         bytes_fetched: _builtins.int = ...,
+        tiers: _abc.Iterable[Global___TierStatus] | None = ...,
+        tenants: _abc.Iterable[Global___TenantQueue] | None = ...,
+        num_pins: _builtins.int = ...,
+        num_prefetched: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_fetched", b"bytes_fetched", "cache_bytes", b"cache_bytes", "max_cache_bytes", b"max_cache_bytes", "num_cached", b"num_cached", "num_evictions", b"num_evictions", "num_hits", b"num_hits", "num_loading", b"num_loading", "num_misses", b"num_misses", "num_queued", b"num_queued"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_fetched", b"bytes_fetched", "cache_bytes", b"cache_bytes", "max_cache_bytes", b"max_cache_bytes", "num_cached", b"num_cached", "num_evictions", b"num_evictions", "num_hits", b"num_hits", "num_loading", b"num_loading", "num_misses", b"num_misses", "num_pins", b"num_pins", "num_prefetched", b"num_prefetched", "num_queued", b"num_queued", "tenants", b"tenants", "tiers", b"tiers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

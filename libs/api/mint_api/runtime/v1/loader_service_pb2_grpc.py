@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class LoaderServiceStub:
-    """Loading adapters into the engine of this node. Served by loader.
+    """Loading adapters into the engine of this node. Served by loader. Adapters of one priority are brought in turns of
+    their tenants, so one that asks for many does not hold up one that asks for few.
     """
 
     def __init__(self, channel):
@@ -55,6 +56,26 @@ class LoaderServiceStub:
                 request_serializer=mint_dot_runtime_dot_v1_dot_loader__service__pb2.CancelLoadTicketRequest.SerializeToString,
                 response_deserializer=mint_dot_runtime_dot_v1_dot_loader__service__pb2.CancelLoadTicketResponse.FromString,
                 _registered_method=True)
+        self.ListLoadTickets = channel.unary_unary(
+                '/mint.runtime.v1.LoaderService/ListLoadTickets',
+                request_serializer=mint_dot_runtime_dot_v1_dot_loader__service__pb2.ListLoadTicketsRequest.SerializeToString,
+                response_deserializer=mint_dot_runtime_dot_v1_dot_loader__service__pb2.ListLoadTicketsResponse.FromString,
+                _registered_method=True)
+        self.PinPolicy = channel.unary_unary(
+                '/mint.runtime.v1.LoaderService/PinPolicy',
+                request_serializer=mint_dot_runtime_dot_v1_dot_loader__service__pb2.PinPolicyRequest.SerializeToString,
+                response_deserializer=mint_dot_runtime_dot_v1_dot_loader__service__pb2.PinPolicyResponse.FromString,
+                _registered_method=True)
+        self.UnpinPolicy = channel.unary_unary(
+                '/mint.runtime.v1.LoaderService/UnpinPolicy',
+                request_serializer=mint_dot_runtime_dot_v1_dot_loader__service__pb2.UnpinPolicyRequest.SerializeToString,
+                response_deserializer=mint_dot_runtime_dot_v1_dot_loader__service__pb2.UnpinPolicyResponse.FromString,
+                _registered_method=True)
+        self.ListPins = channel.unary_unary(
+                '/mint.runtime.v1.LoaderService/ListPins',
+                request_serializer=mint_dot_runtime_dot_v1_dot_loader__service__pb2.ListPinsRequest.SerializeToString,
+                response_deserializer=mint_dot_runtime_dot_v1_dot_loader__service__pb2.ListPinsResponse.FromString,
+                _registered_method=True)
         self.GetLoaderStatus = channel.unary_unary(
                 '/mint.runtime.v1.LoaderService/GetLoaderStatus',
                 request_serializer=mint_dot_runtime_dot_v1_dot_loader__service__pb2.GetLoaderStatusRequest.SerializeToString,
@@ -63,7 +84,8 @@ class LoaderServiceStub:
 
 
 class LoaderServiceServicer:
-    """Loading adapters into the engine of this node. Served by loader.
+    """Loading adapters into the engine of this node. Served by loader. Adapters of one priority are brought in turns of
+    their tenants, so one that asks for many does not hold up one that asks for few.
     """
 
     def EnsureLoaded(self, request, context):
@@ -73,9 +95,10 @@ class LoaderServiceServicer:
         * INVALID_ARGUMENT / INVALID_FIELD: bad reference or the blob is not a valid adapter.
         * NOT_FOUND / RESOURCE_NOT_FOUND: the object is not in the store.
         * FAILED_PRECONDITION / BASE_MODEL_MISMATCH: the engine holds another base.
-        * RESOURCE_EXHAUSTED / LIMIT_EXCEEDED: larger than the cache, or every place is pinned or in use.
+        * FAILED_PRECONDITION / SIGNATURE_REQUIRED, SIGNATURE_INVALID: not what the node's operator trusts.
+        * RESOURCE_EXHAUSTED / LIMIT_EXCEEDED: larger than the cache, every place is pinned or in use, or the queue is full.
         * DATA_LOSS / BLOB_CORRUPT: the stored bytes lost their digest.
-        * UNAVAILABLE: store or engine away.
+        * UNAVAILABLE: store or engine away, or the queue is longer than the deadline allows (RetryInfo).
         * DEADLINE_EXCEEDED: not in time.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -86,6 +109,7 @@ class LoaderServiceServicer:
         """Queues loads nobody waits for.
 
         Errors:
+        * INVALID_ARGUMENT / INVALID_FIELD: bad reference, or a deadline in the past.
         * RESOURCE_EXHAUSTED / LIMIT_EXCEEDED: the queue is full.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -107,6 +131,52 @@ class LoaderServiceServicer:
 
         Errors:
         * NOT_FOUND / RESOURCE_NOT_FOUND: no such ticket.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListLoadTickets(self, request, context):
+        """Lists unfinished tickets, oldest first, then finished ones as far as they are remembered, latest first.
+
+        Errors:
+        * INVALID_ARGUMENT / INVALID_FIELD: bad tenant.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PinPolicy(self, request, context):
+        """Keeps what an alias points at on this node; an existing pin of the alias is replaced.
+
+        Errors:
+        * INVALID_ARGUMENT / INVALID_FIELD: bad name, tier or times.
+        * NOT_FOUND / RESOURCE_NOT_FOUND: no such alias.
+        * FAILED_PRECONDITION / PRECONDITION_FAILED: this loader knows no catalog.
+        * FAILED_PRECONDITION / SIGNATURE_REQUIRED, SIGNATURE_INVALID: not what the node's operator trusts.
+        * RESOURCE_EXHAUSTED / LIMIT_EXCEEDED: too many pins, or more bytes than the disk cache may keep for pins.
+        * UNAVAILABLE: the catalog is away.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnpinPolicy(self, request, context):
+        """Forgets a pin; the adapters stay until they are evicted.
+
+        Errors:
+        * INVALID_ARGUMENT / INVALID_FIELD: bad name.
+        * NOT_FOUND / RESOURCE_NOT_FOUND: no pin for this alias.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListPins(self, request, context):
+        """Lists the pins of this node, by alias.
+
+        Errors:
+        * UNAVAILABLE: starting.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -145,6 +215,26 @@ def add_LoaderServiceServicer_to_server(servicer, server):
                     request_deserializer=mint_dot_runtime_dot_v1_dot_loader__service__pb2.CancelLoadTicketRequest.FromString,
                     response_serializer=mint_dot_runtime_dot_v1_dot_loader__service__pb2.CancelLoadTicketResponse.SerializeToString,
             ),
+            'ListLoadTickets': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListLoadTickets,
+                    request_deserializer=mint_dot_runtime_dot_v1_dot_loader__service__pb2.ListLoadTicketsRequest.FromString,
+                    response_serializer=mint_dot_runtime_dot_v1_dot_loader__service__pb2.ListLoadTicketsResponse.SerializeToString,
+            ),
+            'PinPolicy': grpc.unary_unary_rpc_method_handler(
+                    servicer.PinPolicy,
+                    request_deserializer=mint_dot_runtime_dot_v1_dot_loader__service__pb2.PinPolicyRequest.FromString,
+                    response_serializer=mint_dot_runtime_dot_v1_dot_loader__service__pb2.PinPolicyResponse.SerializeToString,
+            ),
+            'UnpinPolicy': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnpinPolicy,
+                    request_deserializer=mint_dot_runtime_dot_v1_dot_loader__service__pb2.UnpinPolicyRequest.FromString,
+                    response_serializer=mint_dot_runtime_dot_v1_dot_loader__service__pb2.UnpinPolicyResponse.SerializeToString,
+            ),
+            'ListPins': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListPins,
+                    request_deserializer=mint_dot_runtime_dot_v1_dot_loader__service__pb2.ListPinsRequest.FromString,
+                    response_serializer=mint_dot_runtime_dot_v1_dot_loader__service__pb2.ListPinsResponse.SerializeToString,
+            ),
             'GetLoaderStatus': grpc.unary_unary_rpc_method_handler(
                     servicer.GetLoaderStatus,
                     request_deserializer=mint_dot_runtime_dot_v1_dot_loader__service__pb2.GetLoaderStatusRequest.FromString,
@@ -159,7 +249,8 @@ def add_LoaderServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class LoaderService:
-    """Loading adapters into the engine of this node. Served by loader.
+    """Loading adapters into the engine of this node. Served by loader. Adapters of one priority are brought in turns of
+    their tenants, so one that asks for many does not hold up one that asks for few.
     """
 
     @staticmethod
@@ -260,6 +351,114 @@ class LoaderService:
             '/mint.runtime.v1.LoaderService/CancelLoadTicket',
             mint_dot_runtime_dot_v1_dot_loader__service__pb2.CancelLoadTicketRequest.SerializeToString,
             mint_dot_runtime_dot_v1_dot_loader__service__pb2.CancelLoadTicketResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListLoadTickets(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mint.runtime.v1.LoaderService/ListLoadTickets',
+            mint_dot_runtime_dot_v1_dot_loader__service__pb2.ListLoadTicketsRequest.SerializeToString,
+            mint_dot_runtime_dot_v1_dot_loader__service__pb2.ListLoadTicketsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PinPolicy(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mint.runtime.v1.LoaderService/PinPolicy',
+            mint_dot_runtime_dot_v1_dot_loader__service__pb2.PinPolicyRequest.SerializeToString,
+            mint_dot_runtime_dot_v1_dot_loader__service__pb2.PinPolicyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnpinPolicy(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mint.runtime.v1.LoaderService/UnpinPolicy',
+            mint_dot_runtime_dot_v1_dot_loader__service__pb2.UnpinPolicyRequest.SerializeToString,
+            mint_dot_runtime_dot_v1_dot_loader__service__pb2.UnpinPolicyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListPins(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mint.runtime.v1.LoaderService/ListPins',
+            mint_dot_runtime_dot_v1_dot_loader__service__pb2.ListPinsRequest.SerializeToString,
+            mint_dot_runtime_dot_v1_dot_loader__service__pb2.ListPinsResponse.FromString,
             options,
             channel_credentials,
             insecure,

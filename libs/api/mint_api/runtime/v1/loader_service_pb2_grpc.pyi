@@ -27,7 +27,9 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class LoaderServiceStub:
-    """Loading adapters into the engine of this node. Served by loader."""
+    """Loading adapters into the engine of this node. Served by loader. Adapters of one priority are brought in turns of
+    their tenants, so one that asks for many does not hold up one that asks for few.
+    """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -40,15 +42,17 @@ class LoaderServiceStub:
     * INVALID_ARGUMENT / INVALID_FIELD: bad reference or the blob is not a valid adapter.
     * NOT_FOUND / RESOURCE_NOT_FOUND: the object is not in the store.
     * FAILED_PRECONDITION / BASE_MODEL_MISMATCH: the engine holds another base.
-    * RESOURCE_EXHAUSTED / LIMIT_EXCEEDED: larger than the cache, or every place is pinned or in use.
+    * FAILED_PRECONDITION / SIGNATURE_REQUIRED, SIGNATURE_INVALID: not what the node's operator trusts.
+    * RESOURCE_EXHAUSTED / LIMIT_EXCEEDED: larger than the cache, every place is pinned or in use, or the queue is full.
     * DATA_LOSS / BLOB_CORRUPT: the stored bytes lost their digest.
-    * UNAVAILABLE: store or engine away.
+    * UNAVAILABLE: store or engine away, or the queue is longer than the deadline allows (RetryInfo).
     * DEADLINE_EXCEEDED: not in time.
     """
     Prefetch: _grpc.UnaryUnaryMultiCallable[_loader_service_pb2.PrefetchRequest, _loader_service_pb2.PrefetchResponse]
     """Queues loads nobody waits for.
 
     Errors:
+    * INVALID_ARGUMENT / INVALID_FIELD: bad reference, or a deadline in the past.
     * RESOURCE_EXHAUSTED / LIMIT_EXCEEDED: the queue is full.
     """
     GetLoadTicket: _grpc.UnaryUnaryMultiCallable[_loader_service_pb2.GetLoadTicketRequest, _loader_service_pb2.GetLoadTicketResponse]
@@ -63,6 +67,36 @@ class LoaderServiceStub:
     Errors:
     * NOT_FOUND / RESOURCE_NOT_FOUND: no such ticket.
     """
+    ListLoadTickets: _grpc.UnaryUnaryMultiCallable[_loader_service_pb2.ListLoadTicketsRequest, _loader_service_pb2.ListLoadTicketsResponse]
+    """Lists unfinished tickets, oldest first, then finished ones as far as they are remembered, latest first.
+
+    Errors:
+    * INVALID_ARGUMENT / INVALID_FIELD: bad tenant.
+    """
+    PinPolicy: _grpc.UnaryUnaryMultiCallable[_loader_service_pb2.PinPolicyRequest, _loader_service_pb2.PinPolicyResponse]
+    """Keeps what an alias points at on this node; an existing pin of the alias is replaced.
+
+    Errors:
+    * INVALID_ARGUMENT / INVALID_FIELD: bad name, tier or times.
+    * NOT_FOUND / RESOURCE_NOT_FOUND: no such alias.
+    * FAILED_PRECONDITION / PRECONDITION_FAILED: this loader knows no catalog.
+    * FAILED_PRECONDITION / SIGNATURE_REQUIRED, SIGNATURE_INVALID: not what the node's operator trusts.
+    * RESOURCE_EXHAUSTED / LIMIT_EXCEEDED: too many pins, or more bytes than the disk cache may keep for pins.
+    * UNAVAILABLE: the catalog is away.
+    """
+    UnpinPolicy: _grpc.UnaryUnaryMultiCallable[_loader_service_pb2.UnpinPolicyRequest, _loader_service_pb2.UnpinPolicyResponse]
+    """Forgets a pin; the adapters stay until they are evicted.
+
+    Errors:
+    * INVALID_ARGUMENT / INVALID_FIELD: bad name.
+    * NOT_FOUND / RESOURCE_NOT_FOUND: no pin for this alias.
+    """
+    ListPins: _grpc.UnaryUnaryMultiCallable[_loader_service_pb2.ListPinsRequest, _loader_service_pb2.ListPinsResponse]
+    """Lists the pins of this node, by alias.
+
+    Errors:
+    * UNAVAILABLE: starting.
+    """
     GetLoaderStatus: _grpc.UnaryUnaryMultiCallable[_loader_service_pb2.GetLoaderStatusRequest, _loader_service_pb2.GetLoaderStatusResponse]
     """Tells tiers, queue and counters.
 
@@ -72,7 +106,9 @@ class LoaderServiceStub:
 
 @_typing.type_check_only
 class LoaderServiceAsyncStub(LoaderServiceStub):
-    """Loading adapters into the engine of this node. Served by loader."""
+    """Loading adapters into the engine of this node. Served by loader. Adapters of one priority are brought in turns of
+    their tenants, so one that asks for many does not hold up one that asks for few.
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     EnsureLoaded: _aio.UnaryUnaryMultiCallable[_loader_service_pb2.EnsureLoadedRequest, _loader_service_pb2.EnsureLoadedResponse]  # type: ignore[assignment]
@@ -82,15 +118,17 @@ class LoaderServiceAsyncStub(LoaderServiceStub):
     * INVALID_ARGUMENT / INVALID_FIELD: bad reference or the blob is not a valid adapter.
     * NOT_FOUND / RESOURCE_NOT_FOUND: the object is not in the store.
     * FAILED_PRECONDITION / BASE_MODEL_MISMATCH: the engine holds another base.
-    * RESOURCE_EXHAUSTED / LIMIT_EXCEEDED: larger than the cache, or every place is pinned or in use.
+    * FAILED_PRECONDITION / SIGNATURE_REQUIRED, SIGNATURE_INVALID: not what the node's operator trusts.
+    * RESOURCE_EXHAUSTED / LIMIT_EXCEEDED: larger than the cache, every place is pinned or in use, or the queue is full.
     * DATA_LOSS / BLOB_CORRUPT: the stored bytes lost their digest.
-    * UNAVAILABLE: store or engine away.
+    * UNAVAILABLE: store or engine away, or the queue is longer than the deadline allows (RetryInfo).
     * DEADLINE_EXCEEDED: not in time.
     """
     Prefetch: _aio.UnaryUnaryMultiCallable[_loader_service_pb2.PrefetchRequest, _loader_service_pb2.PrefetchResponse]  # type: ignore[assignment]
     """Queues loads nobody waits for.
 
     Errors:
+    * INVALID_ARGUMENT / INVALID_FIELD: bad reference, or a deadline in the past.
     * RESOURCE_EXHAUSTED / LIMIT_EXCEEDED: the queue is full.
     """
     GetLoadTicket: _aio.UnaryUnaryMultiCallable[_loader_service_pb2.GetLoadTicketRequest, _loader_service_pb2.GetLoadTicketResponse]  # type: ignore[assignment]
@@ -105,6 +143,36 @@ class LoaderServiceAsyncStub(LoaderServiceStub):
     Errors:
     * NOT_FOUND / RESOURCE_NOT_FOUND: no such ticket.
     """
+    ListLoadTickets: _aio.UnaryUnaryMultiCallable[_loader_service_pb2.ListLoadTicketsRequest, _loader_service_pb2.ListLoadTicketsResponse]  # type: ignore[assignment]
+    """Lists unfinished tickets, oldest first, then finished ones as far as they are remembered, latest first.
+
+    Errors:
+    * INVALID_ARGUMENT / INVALID_FIELD: bad tenant.
+    """
+    PinPolicy: _aio.UnaryUnaryMultiCallable[_loader_service_pb2.PinPolicyRequest, _loader_service_pb2.PinPolicyResponse]  # type: ignore[assignment]
+    """Keeps what an alias points at on this node; an existing pin of the alias is replaced.
+
+    Errors:
+    * INVALID_ARGUMENT / INVALID_FIELD: bad name, tier or times.
+    * NOT_FOUND / RESOURCE_NOT_FOUND: no such alias.
+    * FAILED_PRECONDITION / PRECONDITION_FAILED: this loader knows no catalog.
+    * FAILED_PRECONDITION / SIGNATURE_REQUIRED, SIGNATURE_INVALID: not what the node's operator trusts.
+    * RESOURCE_EXHAUSTED / LIMIT_EXCEEDED: too many pins, or more bytes than the disk cache may keep for pins.
+    * UNAVAILABLE: the catalog is away.
+    """
+    UnpinPolicy: _aio.UnaryUnaryMultiCallable[_loader_service_pb2.UnpinPolicyRequest, _loader_service_pb2.UnpinPolicyResponse]  # type: ignore[assignment]
+    """Forgets a pin; the adapters stay until they are evicted.
+
+    Errors:
+    * INVALID_ARGUMENT / INVALID_FIELD: bad name.
+    * NOT_FOUND / RESOURCE_NOT_FOUND: no pin for this alias.
+    """
+    ListPins: _aio.UnaryUnaryMultiCallable[_loader_service_pb2.ListPinsRequest, _loader_service_pb2.ListPinsResponse]  # type: ignore[assignment]
+    """Lists the pins of this node, by alias.
+
+    Errors:
+    * UNAVAILABLE: starting.
+    """
     GetLoaderStatus: _aio.UnaryUnaryMultiCallable[_loader_service_pb2.GetLoaderStatusRequest, _loader_service_pb2.GetLoaderStatusResponse]  # type: ignore[assignment]
     """Tells tiers, queue and counters.
 
@@ -113,7 +181,9 @@ class LoaderServiceAsyncStub(LoaderServiceStub):
     """
 
 class LoaderServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Loading adapters into the engine of this node. Served by loader."""
+    """Loading adapters into the engine of this node. Served by loader. Adapters of one priority are brought in turns of
+    their tenants, so one that asks for many does not hold up one that asks for few.
+    """
 
     @_abc_1.abstractmethod
     def EnsureLoaded(
@@ -127,9 +197,10 @@ class LoaderServiceServicer(metaclass=_abc_1.ABCMeta):
         * INVALID_ARGUMENT / INVALID_FIELD: bad reference or the blob is not a valid adapter.
         * NOT_FOUND / RESOURCE_NOT_FOUND: the object is not in the store.
         * FAILED_PRECONDITION / BASE_MODEL_MISMATCH: the engine holds another base.
-        * RESOURCE_EXHAUSTED / LIMIT_EXCEEDED: larger than the cache, or every place is pinned or in use.
+        * FAILED_PRECONDITION / SIGNATURE_REQUIRED, SIGNATURE_INVALID: not what the node's operator trusts.
+        * RESOURCE_EXHAUSTED / LIMIT_EXCEEDED: larger than the cache, every place is pinned or in use, or the queue is full.
         * DATA_LOSS / BLOB_CORRUPT: the stored bytes lost their digest.
-        * UNAVAILABLE: store or engine away.
+        * UNAVAILABLE: store or engine away, or the queue is longer than the deadline allows (RetryInfo).
         * DEADLINE_EXCEEDED: not in time.
         """
 
@@ -142,6 +213,7 @@ class LoaderServiceServicer(metaclass=_abc_1.ABCMeta):
         """Queues loads nobody waits for.
 
         Errors:
+        * INVALID_ARGUMENT / INVALID_FIELD: bad reference, or a deadline in the past.
         * RESOURCE_EXHAUSTED / LIMIT_EXCEEDED: the queue is full.
         """
 
@@ -167,6 +239,60 @@ class LoaderServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Errors:
         * NOT_FOUND / RESOURCE_NOT_FOUND: no such ticket.
+        """
+
+    @_abc_1.abstractmethod
+    def ListLoadTickets(
+        self,
+        request: _loader_service_pb2.ListLoadTicketsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_loader_service_pb2.ListLoadTicketsResponse, _abc.Awaitable[_loader_service_pb2.ListLoadTicketsResponse]]:
+        """Lists unfinished tickets, oldest first, then finished ones as far as they are remembered, latest first.
+
+        Errors:
+        * INVALID_ARGUMENT / INVALID_FIELD: bad tenant.
+        """
+
+    @_abc_1.abstractmethod
+    def PinPolicy(
+        self,
+        request: _loader_service_pb2.PinPolicyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_loader_service_pb2.PinPolicyResponse, _abc.Awaitable[_loader_service_pb2.PinPolicyResponse]]:
+        """Keeps what an alias points at on this node; an existing pin of the alias is replaced.
+
+        Errors:
+        * INVALID_ARGUMENT / INVALID_FIELD: bad name, tier or times.
+        * NOT_FOUND / RESOURCE_NOT_FOUND: no such alias.
+        * FAILED_PRECONDITION / PRECONDITION_FAILED: this loader knows no catalog.
+        * FAILED_PRECONDITION / SIGNATURE_REQUIRED, SIGNATURE_INVALID: not what the node's operator trusts.
+        * RESOURCE_EXHAUSTED / LIMIT_EXCEEDED: too many pins, or more bytes than the disk cache may keep for pins.
+        * UNAVAILABLE: the catalog is away.
+        """
+
+    @_abc_1.abstractmethod
+    def UnpinPolicy(
+        self,
+        request: _loader_service_pb2.UnpinPolicyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_loader_service_pb2.UnpinPolicyResponse, _abc.Awaitable[_loader_service_pb2.UnpinPolicyResponse]]:
+        """Forgets a pin; the adapters stay until they are evicted.
+
+        Errors:
+        * INVALID_ARGUMENT / INVALID_FIELD: bad name.
+        * NOT_FOUND / RESOURCE_NOT_FOUND: no pin for this alias.
+        """
+
+    @_abc_1.abstractmethod
+    def ListPins(
+        self,
+        request: _loader_service_pb2.ListPinsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_loader_service_pb2.ListPinsResponse, _abc.Awaitable[_loader_service_pb2.ListPinsResponse]]:
+        """Lists the pins of this node, by alias.
+
+        Errors:
+        * UNAVAILABLE: starting.
         """
 
     @_abc_1.abstractmethod

@@ -257,7 +257,7 @@ class PublishRevisionRequest(_message.Message):
     """The caller knows that no lease protects this import."""
     @_builtins.property
     def revision(self) -> _revision_service_pb2.Revision:
-        """blob, base_digest, lora, num_tensors, layout and lineage are taken; number is allocated."""
+        """blob, base_digest, lora, num_tensors, layout, lineage and signature are taken; number is allocated."""
 
     @_builtins.property
     def fence(self) -> _common_pb2.Fence:

@@ -1,0 +1,103 @@
+"""Many requests to something that generates: so many at a time, or when they are due; and how long each took."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+
+from bench.support.timing import quantile
+
+__all__ = ["Answer", "Asked", "Request", "at_a_time", "when_due"]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A policy by its number, and a prompt; the base is asked the same prompt."""
+
+    policy: int
+    prompt: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Something that came out of a generation."""
+
+    num_tokens: int
+    is_cold: bool = False
+    """The adapter was not in the engine when the request came."""
+
+
+Ask = Callable[[Request], AsyncIterator[Answer]]
+
+
+@dataclass(slots=True)
+class Asked:
+    """What became of some requests."""
+
+    num_tokens: int = 0
+    num_cold: int = 0
+    seconds: float = 0.0
+    first_token_s: list[float] = field(default_factory=list)
+    """Of each, from when it was made (at a time) or was due."""
+    errors: list[str] = field(default_factory=list)
+
+    @property
+    def num_requests(self) -> int:
+        return len(self.first_token_s) + len(self.errors)
+
+    @property
+    def per_s(self) -> float:
+        """Requests per second that were answered."""
+        return len(self.first_token_s) / self.seconds
+
+    def first_token_ms(self, q: float) -> float:
+        return quantile(self.first_token_s, q) * 1e3
+
+    async def one(self, ask: Ask, request: Request, since_s: float) -> None:
+        """Ask once and note it; an error is noted and not raised."""
+        first_s = None
+        try:
+            async for answer in ask(request):
+                if answer.is_cold:
+                    self.num_cold += 1
+                if answer.num_tokens and first_s is None:
+                    first_s = time.perf_counter() - since_s
+                self.num_tokens += answer.num_tokens
+        except Exception as error:  # noqa: BLE001 - whatever went wrong, one request failed and is counted
+            self.errors.append(f"{type(error).__name__}: {error}"[:300])
+        else:
+            if first_s is None:
+                self.errors.append("the generation ended without a token")
+            else:
+                self.first_token_s.append(first_s)
+
+
+async def at_a_time(ask: Ask, requests: Sequence[Request], num_callers: int) -> Asked:
+    """Closed loop: each caller asks again as soon as it was answered."""
+    asked = Asked()
+    waiting = iter(requests)
+
+    async def caller() -> None:
+        for request in waiting:
+            await asked.one(ask, request, time.perf_counter())
+
+    begun = time.perf_counter()
+    await asyncio.gather(*(caller() for _ in range(num_callers)))
+    asked.seconds = time.perf_counter() - begun
+    return asked
+
+
+async def when_due(ask: Ask, requests: Sequence[Request], due_s: Sequence[float]) -> Asked:
+    """Open loop: each request is made when it is due, whatever became of those before."""
+    asked = Asked()
+    begun = time.perf_counter()
+
+    async def one(request: Request, at_s: float) -> None:
+        await asyncio.sleep(at_s - time.perf_counter())
+        await asked.one(ask, request, at_s)
+
+    await asyncio.gather(*(one(request, begun + each_s) for request, each_s in zip(requests, due_s, strict=True)))
+    asked.seconds = time.perf_counter() - begun
+    return asked

@@ -1,0 +1,205 @@
+"""Where each tensor of a packed adapter belongs in SGLang's slots, known before a slot is touched.
+
+SGLang keeps one pair of buffers for each layer and joined module (``qkv_proj``, ``gate_up_proj_moe``, …), each with one
+position per slot. A :class:`Bank` is such a pair; its parts are the modules that an adapter names one by one. The map
+is read off the running pool and its wrapped layers, so shapes are those of the buffers and not of a model family.
+Whatever it does not understand is left to SGLang's own path: :meth:`SlotMap.read` says why.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from mint_core.errors import InvalidArgument
+from mint_lora.families import canonical_module
+
+__all__ = ["Bank", "PartWeights", "SlotMap", "SlotPlan"]
+
+_TENSOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+_PARTS = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "fused_qkv_a_proj_with_mqa": ("q_a_proj", "kv_a_proj_with_mqa"),
+}
+_EXPERT_PARTS = {"gate_up_proj_moe": ("gate_proj", "up_proj"), "down_proj_moe": ("down_proj",)}
+_OPTIONAL_PARTS = frozenset({"k_proj", "up_proj"})
+"""SGLang takes these for zeros when their neighbours are there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bank:
+    """The buffers of one joined module of one layer."""
+
+    name: str
+    """Module as SGLang names it, such as ``model.layers.0.self_attn.qkv_proj`` or ``….mlp.experts.gate_up_proj``."""
+    layer: int
+    lora_a: Tensor
+    """[num_slots, num_parts · max_rank, in]; for experts [num_slots, E or 1, num_parts · max_rank, in]."""
+    lora_b: Tensor
+    """[num_slots, out, max_rank]; for experts [num_slots, E or 1, out, max_rank]."""
+    parts: tuple[str, ...]
+    """Modules an adapter names, in the order of their rows."""
+    offsets: tuple[int, ...]
+    """num_parts + 1 places in ``out``."""
+
+    @property
+    def has_experts(self) -> bool:
+        return self.lora_a.dim() == 4
+
+    def module_of(self, part: str) -> str:
+        """What a packed adapter calls one of the parts, such as ``model.layers.0.self_attn.q_proj``."""
+        return canonical_module(f"{self.name.rpartition('.')[0]}.{part}")
+
+    @property
+    def max_rank(self) -> int:
+        return int(self.lora_b.shape[-1])
+
+
+@dataclass(frozen=True, slots=True)
+class PartWeights:
+    """One module of an adapter: A [r, in] and B [out, r], or for experts [E or 1, r, in] and [E or 1, out, r]."""
+
+    lora_a: Tensor
+    lora_b: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class SlotPlan:
+    """A packed adapter, sorted for the upload; checked against every buffer."""
+
+    rank: int
+    scaling: float
+    banks: tuple[tuple[PartWeights | None, ...] | None, ...]
+    """By bank of the map: its parts, ``None`` for a part that counts as zeros; ``None`` for a bank left alone."""
+
+
+class SlotMap:
+    """The banks of one pool."""
+
+    def __init__(self, banks: Sequence[Bank]) -> None:
+        self.banks = tuple(banks)
+        self._places = {
+            bank.module_of(part): (index, place)
+            for index, bank in enumerate(self.banks)
+            for place, part in enumerate(bank.parts)
+        }
+
+    @classmethod
+    def read(cls, pool: Any, lora_modules: Sequence[Mapping[str, Any]]) -> SlotMap | str:
+        """Read the map off SGLang's pool and wrapped layers; a sentence where its own path must be used."""
+        if pool.tp_size != 1 or pool.moe_ep_size != 1 or pool.moe_tp_size != 1 or pool.attn_tp_size != 1:
+            return "weights are spread over several devices"
+        if pool.enable_lora_overlap_loading:
+            return "loading overlaps with computing"
+        if pool.lora_added_tokens_size or pool.embedding_A_buffer or pool.lm_head_A_buffer:
+            return "embeddings have slots"
+        banks: list[Bank] = []
+        taken: set[tuple[int, str]] = set()
+        for layer, modules in enumerate(lora_modules):
+            for name, module in modules.items():
+                found = _expert_banks(pool, layer, name, module) or _dense_banks(pool, layer, name, module)
+                if isinstance(found, str):
+                    return found
+                for key, bank in found:
+                    if (layer, key) in taken:
+                        return f"two modules of layer {layer} share the buffers of {key}"
+                    taken.add((layer, key))
+                    banks.append(bank)
+        return cls(banks)
+
+    def plan(self, weights: Mapping[str, Tensor], *, rank: int, scaling: float) -> SlotPlan | str:
+        """Sort an adapter's tensors by bank; a sentence where SGLang's own path must be used.
+
+        Raises :class:`InvalidArgument` for a tensor that does not fit its buffer, before anything is written.
+        """
+        sides: dict[tuple[int, int], dict[str, Tensor]] = {}
+        for name, tensor in weights.items():
+            match = _TENSOR.fullmatch(name)
+            place = self._places.get(match["module"]) if match else None
+            if match is None or place is None:
+                return f"{name} has no place of its own in the slots"
+            self._check(name, tensor, place, match["side"], rank)
+            sides.setdefault(place, {})[match["side"]] = tensor
+        banks: list[tuple[PartWeights | None, ...] | None] = []
+        for index, bank in enumerate(self.banks):
+            parts: list[PartWeights | None] = []
+            for position, part in enumerate(bank.parts):
+                found = sides.get((index, position))
+                if found is not None and len(found) != 2:
+                    raise InvalidArgument(f"{bank.name}: {part} has one of lora_A and lora_B only", field="weights")
+                parts.append(PartWeights(found["A"], found["B"]) if found else None)
+            missing = [part for part, found in zip(bank.parts, parts, strict=True) if found is None]
+            if len(missing) == len(bank.parts):
+                banks.append(None)
+            elif set(missing) <= _OPTIONAL_PARTS:
+                banks.append(tuple(parts))
+            else:
+                return f"{bank.name} has some of its parts and lacks {missing}"
+        return SlotPlan(rank, scaling, tuple(banks))
+
+    def _check(self, name: str, tensor: Tensor, place: tuple[int, int], side: str, rank: int) -> None:
+        bank = self.banks[place[0]]
+        low, high = bank.offsets[place[1] : place[1] + 2]
+        buffer = bank.lora_a if side == "A" else bank.lora_b
+        matrix = (rank, buffer.shape[-1]) if side == "A" else (high - low, rank)
+        shape, expected = tuple(tensor.shape), matrix
+        if bank.has_experts:
+            num_experts = buffer.shape[1]
+            # One matrix may stand for all experts; the copy spreads it.
+            expected = (1 if shape[:1] == (1,) else num_experts, *matrix)
+        if shape != expected or rank > bank.max_rank:
+            raise InvalidArgument(
+                f"{name} has shape {list(shape)}, the slots of {bank.name} need {list(expected)} and a rank of at most "
+                f"{bank.max_rank}: the adapter was made for another base or with another rank",
+                field="weights",
+            )
+
+
+def _expert_banks(pool: Any, layer: int, name: str, module: Any) -> list[tuple[str, Bank]] | str | None:
+    from sglang.srt.lora.layers import FusedMoEWithLoRA
+
+    if getattr(getattr(module, "base_layer", module), "is_shared_fused_moe", False):
+        return f"{name} keeps its shared experts in slots of their own"
+    if not isinstance(module, FusedMoEWithLoRA):
+        return None
+    if module._uses_interleaved_gate_up or not module.base_layer.moe_runner_config.is_gated:
+        return f"{name} does not keep gate and up side by side"
+    found = []
+    for key, parts in _EXPERT_PARTS.items():
+        if key not in pool.A_buffer:
+            return f"{name} has no buffers under {key}"
+        lora_a, lora_b = pool.A_buffer[key][layer], pool.B_buffer[key][layer]
+        width = lora_b.shape[-2] // len(parts)
+        offsets = tuple(width * place for place in range(len(parts) + 1))
+        found.append((key, Bank(f"{name}.{key.removesuffix('_moe')}", layer, lora_a, lora_b, parts, offsets)))
+    return _checked(found)
+
+
+def _dense_banks(pool: Any, layer: int, name: str, module: Any) -> list[tuple[str, Bank]] | str:
+    from sglang.srt.lora.utils import get_target_module_name
+
+    leaf, offsets = name.rpartition(".")[2], getattr(module, "lora_offsets", None)
+    try:
+        key = get_target_module_name(name, pool.target_modules)
+    except ValueError:
+        key = ""
+    if key not in pool.A_buffer or offsets is None:
+        return f"{name} has no buffers that are known here"
+    lora_a, lora_b = pool.A_buffer[key][layer], pool.B_buffer[key][layer]
+    return _checked([(key, Bank(name, layer, lora_a, lora_b, _PARTS.get(leaf, (leaf,)), tuple(offsets)))])
+
+
+def _checked(found: list[tuple[str, Bank]]) -> list[tuple[str, Bank]] | str:
+    """What a bank claims must be what its buffers have; another release may order them differently."""
+    for _, bank in found:
+        rows, columns = bank.lora_a.shape[-2], bank.lora_b.shape[-2]
+        if rows != len(bank.parts) * bank.max_rank or bank.offsets[0] != 0 or bank.offsets[-1] != columns:
+            return f"the buffers of {bank.name} have {rows} rows and {columns} outputs, which its parts do not explain"
+        if len(bank.offsets) != len(bank.parts) + 1 or bank.lora_a.device.type != "cpu":
+            return f"the buffers of {bank.name} are cut differently, or not in host memory"
+    return found
