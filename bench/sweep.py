@@ -53,7 +53,8 @@ _NUM_STEPS: Final = 40
 """Adapters whose cold request is also taken step by step."""
 _NUM_RESIDENTS: Final = 16
 """Adapters that are asked again and again while the engine holds them."""
-_OURS: Final = ("engine", "loader", "inference", "catalog")
+_OTHERS: Final = ("etcd", "weed")
+"""Processes that are not MinT's."""
 
 
 class Bench:
@@ -242,13 +243,12 @@ class Bench:
 
         names = tuple(later[0])
         self.report.figure("pss_drift", drift(names))
-        self.report.detail("pss_drift_mint", drift(_OURS))
+        self.report.detail("pss_drift_mint", drift(tuple(name for name in names if name not in _OTHERS)))
         self.report.detail("anonymous_drift", drift(names, anonymous=True))
         for name in names:
-            self.report.detail(f"pss_mb_{name}_tenth", later[0][name].pss / 2**20)
-            self.report.detail(f"pss_mb_{name}_end", later[-1][name].pss / 2**20)
-            self.report.detail(f"anonymous_mb_{name}_tenth", later[0][name].anonymous / 2**20)
-            self.report.detail(f"anonymous_mb_{name}_end", later[-1][name].anonymous / 2**20)
+            for when, each in (("tenth", later[0][name]), ("end", later[-1][name])):
+                self.report.detail(f"pss_mb_{name}_{when}", each.pss / 2**20)
+                self.report.detail(f"anonymous_mb_{name}_{when}", each.anonymous / 2**20)
 
 
 def _options(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -277,9 +277,10 @@ def main() -> None:
     try:
         uvloop.run(Bench(options, folder).run())
     except BaseException:
-        logs = RESULTS / "sweep-logs"
-        shutil.copytree(folder / "installation" / "logs", logs, dirs_exist_ok=True)
-        print(f"the processes' logs are in {logs}", flush=True)
+        logs = folder / "installation" / "logs"
+        if logs.exists():
+            shutil.copytree(logs, RESULTS / "sweep-logs", dirs_exist_ok=True)
+            print(f"the processes' logs are in {RESULTS / 'sweep-logs'}", flush=True)
         raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import sys
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -34,7 +34,7 @@ _ENVIRON = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_WAIT_
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Of one process and its children: memory that would be free without it (proportional set size), in bytes."""
+    """Of one process: memory that would be free without it (proportional set size), in bytes."""
 
     pss: int
     anonymous: int
@@ -42,15 +42,13 @@ class Memory:
 
     @classmethod
     def of(cls, process: psutil.Process) -> Self:
-        """Now, by ``/proc``."""
-        pss = anonymous = 0
-        for each in _family(process):
-            with contextlib.suppress(OSError):  # it ended meanwhile
-                lines = Path(f"/proc/{each.pid}/smaps_rollup").read_text().splitlines()[1:]
-                sizes = {line.partition(":")[0]: int(line.split()[1]) * 1024 for line in lines}
-                pss += sizes["Pss"]
-                anonymous += sizes["Pss_Anon"]
-        return cls(pss, anonymous)
+        """Now, by ``/proc``. Raises :class:`OSError` if it is gone."""
+        lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()[1:]
+        sizes = {line.partition(":")[0]: int(line.split()[1]) * 1024 for line in lines}
+        return cls(sizes["Pss"], sizes["Pss_Anon"])
+
+    def __add__(self, other: Memory) -> Memory:
+        return Memory(self.pss + other.pss, self.anonymous + other.anonymous)
 
 
 class Serving:
@@ -129,24 +127,33 @@ class Serving:
             server.check()
 
     def memory(self) -> dict[str, Memory]:
-        """Of all processes by name; an engine's children are its own."""
-        return {name: Memory.of(process) for name, process in self._processes().items()}
+        """Of all processes by name; SGLang's processes by themselves."""
+        found: dict[str, Memory] = {}
+        for name, process in self._parts():
+            with contextlib.suppress(OSError):  # it ended meanwhile
+                found[name] = found.get(name, Memory(0, 0)) + Memory.of(process)
+        return found
 
     def cpu_s(self) -> dict[str, float]:
         """Time on a core by name since the start of each process; SGLang's processes by themselves."""
         found: dict[str, float] = {}
-        for name, process in self._processes().items():
-            for each in _family(process):
-                with contextlib.suppress(psutil.Error):
-                    times, title = each.cpu_times(), " ".join(each.cmdline())
-                    part = title.split()[0].rpartition("::")[2].lower() if "::" in title else ""
-                    key = f"{name}_{part}" if part.isalnum() else name
-                    found[key] = found.get(key, 0.0) + times.user + times.system
+        for name, process in self._parts():
+            with contextlib.suppress(psutil.Error):
+                times = process.cpu_times()
+                found[name] = found.get(name, 0.0) + times.user + times.system
         return found
 
-    def _processes(self) -> dict[str, psutil.Process]:
-        found = {name: server.process for name, server in (("catalog", self.catalog), *self._node.items())}
-        return found | {"etcd": psutil.Process(self.etcd.pid), "weed": psutil.Process(self.weed.pid)}
+    def _parts(self) -> Iterator[tuple[str, psutil.Process]]:
+        """Every process with a name; SGLang's call themselves ``sglang::scheduler`` and the like."""
+        parents = {name: server.process for name, server in (("catalog", self.catalog), *self._node.items())}
+        parents |= {"etcd": psutil.Process(self.etcd.pid), "weed": psutil.Process(self.weed.pid)}
+        for name, parent in parents.items():
+            yield name, parent
+            for child in parent.children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    title = "".join(child.cmdline()[:1]).split()[:1]
+                    part = title[0].rpartition("::")[2].lower() if title and "::" in title[0] else ""
+                    yield f"{name}_{part}" if part.isalnum() else name, child
 
     def _tables(self, settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         store = self.store_settings
@@ -193,7 +200,3 @@ class Serving:
                 await asyncio.sleep(0.2)
             else:
                 return
-
-
-def _family(process: psutil.Process) -> list[psutil.Process]:
-    return [process, *process.children(recursive=True)]

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from mint_api.v1 import inference_service_pb2, inference_service_pb2_grpc
 from mint_core.channel import connect
 from mint_core.server import Binding, Services
+from mint_core.signing import TrustedKeys
 from mint_inference.clients import CatalogClient, Channels, EngineClients, LoaderClients, UsageClient
 from mint_inference.copies import Copies
 from mint_inference.generation import Generation, GenerationLimits
@@ -48,6 +49,7 @@ async def inference(settings: InferenceSettings) -> AsyncIterator[Services]:
         router = Router(catalog, poll_s=settings.replica_poll_s, timeout_s=settings.resolve_timeout_s)
         stack.push_async_callback(router.close)
         meter = await _meter(settings, stack)
+        trusted = None if settings.trusted_keys is None else TrustedKeys.from_file(settings.trusted_keys)
         engines = EngineClients(engine_channels, timeout_s=settings.generate_timeout_s)
         in_background = LoaderClients(loader_channels, timeout_s=settings.load_timeout_s, priority=0)
         copies = Copies(router, in_background, max_copies=settings.max_copies)
@@ -68,6 +70,7 @@ async def inference(settings: InferenceSettings) -> AsyncIterator[Services]:
             ),
             meter,
             copies,
+            trusted,
         )
         works = (
             resolver.follow(),

@@ -27,8 +27,8 @@ from mint_api.v1 import inference_service_pb2 as pb
 from mint_core.channel import call, connect, stream
 from mint_core.errors import Unavailable
 from mint_core.names import AliasName, BaseModelName, RevisionName
+from mint_core.signing import Signature
 from mint_inference.model import (
-    AdapterSignature,
     AliasWord,
     Call,
     Chunk,
@@ -242,7 +242,7 @@ def _decode_resolution(resolution: alias_pb.Resolution, catalog_revision: int) -
         catalog_revision=catalog_revision,
         split=_decode_split(resolution.split) if resolution.HasField("split") else None,
         signature=(
-            AdapterSignature(resolution.signature.key_id, resolution.signature.value)
+            Signature(resolution.signature.key_id, resolution.signature.value)
             if resolution.HasField("signature")
             else None
         ),

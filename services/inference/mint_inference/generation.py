@@ -25,6 +25,7 @@ from mint_core.errors import (
     Unavailable,
 )
 from mint_core.names import BaseModelName
+from mint_core.signing import TrustedKeys
 from mint_inference.copies import Copies
 from mint_inference.model import (
     Call,
@@ -101,6 +102,7 @@ class Generation:
         limits: GenerationLimits,
         meter: UsageMeter | None = None,
         copies: Copies | None = None,
+        trusted: TrustedKeys | None = None,
     ) -> None:
         self._catalog = catalog
         self._resolver = resolver
@@ -108,6 +110,7 @@ class Generation:
         self._engines = engines
         self._loaders = loaders
         self._limits = limits
+        self._trusted = trusted or TrustedKeys()
         self._meter = meter or UsageMeter()
         self._copies = copies
         self._num_streams = 0
@@ -262,7 +265,11 @@ class Generation:
     async def _resolve(self, call: Call, consistency: Consistency) -> Resolution:
         model = call.model
         if not isinstance(model, BaseModelName):
-            return await self._resolver.resolve(model, call.sticky_key, consistency)
+            resolution = await self._resolver.resolve(model, call.sticky_key, consistency)
+            # Loaders ask the same before they bring an adapter. But what an engine holds needs no load, and another
+            # tenant, who demands no signatures, may have brought the same bytes.
+            self._trusted.check(model.tenant, resolution.digest, resolution.base_digest, resolution.signature)
+            return resolution
         # Name and digest of a base model belong together for ever, and the registry checked the replica's.
         digest = self._router.base_digest_of(model)
         if digest is None:

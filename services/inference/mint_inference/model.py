@@ -9,10 +9,10 @@ from typing import Protocol
 
 from mint_core.errors import InvalidArgument
 from mint_core.names import AliasName, BaseModelName, RevisionName
+from mint_core.signing import Signature
 from mint_core.split import sees_canary
 
 __all__ = [
-    "AdapterSignature",
     "AliasWord",
     "Call",
     "Catalog",
@@ -64,14 +64,6 @@ class Consistency:
 
 
 @dataclass(frozen=True, slots=True)
-class AdapterSignature:
-    """Who vouches for an adapter: handed on to the loader, which judges it."""
-
-    key_id: str
-    value: bytes
-
-
-@dataclass(frozen=True, slots=True)
 class Resolution:
     """What a name means: enough to generate, and no more. For a base model ``revision`` and ``digest`` are empty."""
 
@@ -87,7 +79,7 @@ class Resolution:
     """The catalog revision the answer was read at."""
     split: Split | None = None
     """Set if it depends on the sticky key, which an alias with a canary looks at; then :meth:`of` tells the answer."""
-    signature: AdapterSignature | None = None
+    signature: Signature | None = None
 
     def of(self, sticky_key: str) -> Resolution:
         """The answer for a request with this sticky key; without one never the canary."""

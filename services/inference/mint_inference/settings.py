@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import ClassVar
 
 from pydantic import Field
@@ -48,6 +49,9 @@ class InferenceSettings(ServiceSettings):
     """Longest silence of an engine inside a stream, after which the replica counts as lost."""
     load_timeout_s: float = Field(default=120.0, gt=0)
     """Longest wait for an adapter to be loaded."""
+    trusted_keys: Path | None = None
+    """TOML file of the public keys that tenants' adapters must be signed with, as the loaders have it; none demands no
+    signatures."""
     load_priority: int = 10
     """Priority of loads that a client waits for; prefetches have 0."""
     max_loads: int = Field(default=4, gt=0)

@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from mint_core import calls
 from mint_core.errors import (
@@ -23,10 +24,13 @@ from mint_core.errors import (
     MintError,
     NotFound,
     ResourceExhausted,
+    SignatureInvalid,
+    SignatureRequired,
     Unavailable,
 )
 from mint_core.names import AliasName, BaseModelName, RevisionName
 from mint_core.placement import placement_order
+from mint_core.signing import Signature, Signer, TrustedKeys
 from mint_inference.generation import Generation, GenerationLimits
 from mint_inference.model import (
     AliasWord,
@@ -661,3 +665,31 @@ async def test_a_lost_replica_is_asked_last(at: Setting) -> None:
     header = (await at.generate())[0]
     assert isinstance(header, Header)
     assert header.replica == second
+
+
+@pytest.mark.parametrize("signed_for", [None, "acme", "other"])
+async def test_a_resident_adapter_serves_a_tenant_that_demands_signatures_only_signed(
+    at: Setting, signed_for: str | None
+) -> None:
+    await at.generate()  # another tenant's request, say, brought the same bytes into the engine
+    key = Ed25519PrivateKey.generate()
+    signer = Signer(key)
+    signature: Signature | None = None
+    if signed_for is not None:
+        signature = signer.sign(signed_for, at.catalog.resolution.digest, BASE)
+    at.catalog.resolution = replace(at.catalog.resolution, signature=signature)
+    at.generation = Generation(
+        at.catalog,
+        Resolver(at.catalog, ResolverLimits()),
+        at.router,
+        at.engines,
+        at.loaders,
+        GenerationLimits(),
+        trusted=TrustedKeys({"acme": [key.public_key()]}),
+    )
+    if signed_for == "acme":
+        assert isinstance((await at.generate())[0], Header)
+        return
+    parts, error = await at.failure()
+    assert not parts
+    assert isinstance(error, SignatureRequired if signed_for is None else SignatureInvalid)

@@ -41,6 +41,7 @@ class InferenceServiceStub:
     * NOT_FOUND / RESOURCE_NOT_FOUND: no such policy, alias or revision. The base never answers instead.
     * FAILED_PRECONDITION / BASE_MODEL_MISMATCH: no engine holds the base this revision fits.
     * FAILED_PRECONDITION / PRECONDITION_FAILED: the revision's adapter does not fit the base it was published for.
+    * FAILED_PRECONDITION / SIGNATURE_REQUIRED, SIGNATURE_INVALID: not what the operator trusts.
     * RESOURCE_EXHAUSTED / LIMIT_EXCEEDED: no slot or quota.
     * UNAVAILABLE: no healthy engine, or it was lost in mid-stream.
     * DATA_LOSS / BLOB_CORRUPT: the stored adapter is damaged.
@@ -66,6 +67,7 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     * NOT_FOUND / RESOURCE_NOT_FOUND: no such policy, alias or revision. The base never answers instead.
     * FAILED_PRECONDITION / BASE_MODEL_MISMATCH: no engine holds the base this revision fits.
     * FAILED_PRECONDITION / PRECONDITION_FAILED: the revision's adapter does not fit the base it was published for.
+    * FAILED_PRECONDITION / SIGNATURE_REQUIRED, SIGNATURE_INVALID: not what the operator trusts.
     * RESOURCE_EXHAUSTED / LIMIT_EXCEEDED: no slot or quota.
     * UNAVAILABLE: no healthy engine, or it was lost in mid-stream.
     * DATA_LOSS / BLOB_CORRUPT: the stored adapter is damaged.
@@ -94,6 +96,7 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         * NOT_FOUND / RESOURCE_NOT_FOUND: no such policy, alias or revision. The base never answers instead.
         * FAILED_PRECONDITION / BASE_MODEL_MISMATCH: no engine holds the base this revision fits.
         * FAILED_PRECONDITION / PRECONDITION_FAILED: the revision's adapter does not fit the base it was published for.
+        * FAILED_PRECONDITION / SIGNATURE_REQUIRED, SIGNATURE_INVALID: not what the operator trusts.
         * RESOURCE_EXHAUSTED / LIMIT_EXCEEDED: no slot or quota.
         * UNAVAILABLE: no healthy engine, or it was lost in mid-stream.
         * DATA_LOSS / BLOB_CORRUPT: the stored adapter is damaged.
