@@ -66,6 +66,14 @@ bench-packed: setup ## Into the slot of a live engine: expert by expert, packed,
 bench-sweep: setup ## One engine through 100,000 adapters of a catalog of a million (hours; NUM=2000 for minutes)
 	$(PYTHON) -W ignore -m bench.sweep $(if $(NUM),--num $(NUM)) $(ARGS)
 
+.PHONY: bench-handoff
+bench-handoff: setup ## An update's way to its first token, against merge and reload (15 minutes; ARGS="--cases dense_small")
+	$(PYTHON) -W ignore -m bench.handoff $(ARGS)
+
+.PHONY: bench-wave
+bench-wave: setup ## A thousand policies at once, against the base (an hour; ARGS="--policies 100 --requests 300 --reps 1")
+	$(PYTHON) -W ignore -m bench.wave $(ARGS)
+
 .PHONY: bench-docs
 bench-docs: setup ## Write the tables of docs/benchmarks.md from bench/results
 	$(PYTHON) -m bench.docs

@@ -288,7 +288,7 @@ def _options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--zipf", type=float, default=1.0, help="exponent")
     parser.add_argument("--base", choices=("random", "smollm2"), default="random")
-    parser.add_argument("--threads", type=int, default=2, help="of the engine")
+    parser.add_argument("--threads", type=int, default=1, help="of the engine; the other core is the rest's")
     parser.add_argument("--no-bare", dest="bare", action="store_false", help="leave SGLang by itself out")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--dir", type=Path, default=None, help="where everything is kept meanwhile")

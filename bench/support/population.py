@@ -25,6 +25,7 @@ __all__ = [
     "TENANT",
     "Imported",
     "alias_name",
+    "count_policies",
     "import_policies",
     "policy_name",
     "policy_request",
@@ -173,6 +174,19 @@ async def import_policies(
     if num_created != len(numbers):
         raise RuntimeError(f"{num_created} of {len(numbers)} policies were created")
     return Imported(time.perf_counter() - begun, revision)
+
+
+async def count_policies(channel: grpc.aio.Channel, *, page_size: int = 1000) -> int:
+    """Walk over all policies."""
+    stub: Any = pb_grpc.PolicyServiceStub(channel)
+    request = pb.ListPoliciesRequest(parent=TENANT, page_size=page_size)
+    num_policies = 0
+    while True:
+        page = await call(stub.ListPolicies, request)
+        num_policies += len(page.policies)
+        if not page.next_page_token:
+            return num_policies
+        request.page_token = page.next_page_token
 
 
 def revision_name(number: int, revision: int = 1) -> str:

@@ -187,7 +187,7 @@ async def test_adapter_that_does_not_fit_is_refused_by_the_engine_itself_before_
     before = await ask(host, good.digest)
     tensors = load_file(sglang.adapter_dir / good.folder / WEIGHTS_NAME)
     name = "base_model.model.model.layers.1.mlp.down_proj.lora_B.weight"
-    tensors[name] = tensors[name][:32].clone()
+    tensors[name] = tensors[name][:32].copy()
     folder = tmp_path / "misfit"
     folder.mkdir()
     save_file(tensors, folder / WEIGHTS_NAME)
