@@ -239,8 +239,8 @@ class Bench:
         report.detail("same_top_1_of_any_two", float(np.sum((np.bincount(tops) / len(tops)) ** 2)))
 
     def _memory_figures(self, memory: list[tuple[int, dict[str, Memory]]]) -> None:
-        """Medians of each tenth, for etcd's and SeaweedFS's heaps go up and down: of those after the first tenth the one
-        that is furthest from the first of them."""
+        """Medians of each tenth, for etcd's and SeaweedFS's heaps go up and down: the second tenth's, and the one after
+        it that is furthest from it."""
         tenths: dict[int, list[dict[str, Memory]]] = {}
         for done, each in memory:
             tenths.setdefault(min(9, 10 * (done - 1) // self.num), []).append(each)
