@@ -64,7 +64,8 @@ class Bench:
     def __init__(self, options: argparse.Namespace, folder: Path) -> None:
         self.options = options
         self.num: int = options.num
-        self.num_catalog: int = options.catalog or 10 * options.num
+        options.catalog = options.catalog or 10 * options.num
+        self.num_catalog: int = options.catalog
         self.num_cached = max(_NUM_RESIDENTS, int(options.cached * options.num))
         # Beyond those that are counted: what fills the caches before, and what is taken step by step after.
         self.num_blobs = self.num + self.num_cached + 2 * _NUM_STEPS
@@ -255,6 +256,8 @@ class Bench:
 
         names = tuple(later[0])
         self.report.figure("pss_drift", drift(names))
+        samples = [sum(each[name].pss for name in names) for each in later]
+        self.report.detail("pss_drift_of_samples", max(max(samples) / samples[0], samples[0] / min(samples)))
         self.report.detail("pss_drift_mint", drift(tuple(name for name in names if name not in _OTHERS)))
         self.report.detail("anonymous_drift", drift(names, anonymous=True))
         for name in names:
