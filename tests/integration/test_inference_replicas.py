@@ -92,6 +92,12 @@ async def without_local(stack: Stack, client: MintClient) -> AsyncIterator[None]
             await asyncio.sleep(0.05)
 
 
+async def only_at_second(stack: Stack, client: MintClient, alias: str) -> None:
+    """Bring an adapter that nobody holds to the second replica: what asks for it goes there then."""
+    async with without_local(stack, client):
+        assert (await answer(client, alias)).engine_replica == SECOND
+
+
 def check(served: Served, said: Generation) -> None:
     """The text was made by the adapter whose digest it carries, and by no neighbour of it."""
     expected = served.expected.of(said.digest, said.prompt_token_ids, said.token_ids)
@@ -122,19 +128,26 @@ async def test_two_replicas_share_what_comes(stack: Stack, client: MintClient, s
 async def test_a_drained_replica_finishes_what_runs_and_gets_nothing_new(
     stack: Stack, client: MintClient, second: SecondReplica, served: Served
 ) -> None:
-    async with without_local(stack, client):
-        stream = client.generate(served.aliases[0], PROMPT, sampling=LONG)
-        assert (await anext(stream)).header.engine_replica == SECOND
-    draining = json.loads((await asyncio.to_thread(stack.run, "replica", "drain", "second", "--json")).stdout)
-    assert (draining["state"], draining["num_running"]) == ("DRAINING", 1)
-    said = await answer(client, served.aliases[0])
-    assert said.engine_replica == LOCAL
-    chunks = [each.chunk async for each in stream]
-    assert sum(len(chunk.token_ids) for chunk in chunks) == LONG.max_new_tokens
-    assert (await client.engine_replicas.get(SECOND)).state == replica_pb.ENGINE_REPLICA_STATE_DRAINING
-    bases = [await answer(client, stack.base_model) for _ in range(6)]
-    assert {each.engine_replica for each in bases} == {LOCAL}
-    assert json.loads(stack.run("replica", "undrain", "second", "--json").stdout)["state"] == "READY"
+    alias = served.aliases[3]
+    await only_at_second(stack, client, alias)
+    stream = client.generate(alias, PROMPT, sampling=LONG)
+    assert (await anext(stream)).header.engine_replica == SECOND
+    async with second.client() as engine:
+        await engine.drain()
+        try:
+            assert (await engine.residency()).num_running == 1
+            drained = await asyncio.to_thread(stack.run, "replica", "drain", "second", "--json")
+            assert json.loads(drained.stdout)["state"] == "DRAINING"
+            assert (await answer(client, alias)).engine_replica == LOCAL
+            chunks = [each.chunk async for each in stream]
+            assert sum(len(chunk.token_ids) for chunk in chunks) == LONG.max_new_tokens
+            assert (await client.engine_replicas.get(SECOND)).state == replica_pb.ENGINE_REPLICA_STATE_DRAINING
+            bases = [await answer(client, stack.base_model) for _ in range(6)]
+            assert {each.engine_replica for each in bases} == {LOCAL}
+            taken_back = await asyncio.to_thread(stack.run, "replica", "undrain", "second", "--json")
+            assert json.loads(taken_back.stdout)["state"] == "READY"
+        finally:
+            await engine.undrain()
     await wait_registered(stack, [LOCAL, SECOND])
 
 
@@ -225,11 +238,11 @@ async def test_eviction_under_streams_aborts_and_groups_of_samples_leaves_nothin
 async def test_a_replica_killed_in_mid_stream_is_told_and_left_out_at_once(
     stack: Stack, client: MintClient, second: SecondReplica, served: Served
 ) -> None:
-    alias = served.aliases[1]
-    async with without_local(stack, client):
-        stream = client.generate(alias, PROMPT, sampling=LONG)
-        assert (await anext(stream)).header.engine_replica == SECOND
-        await anext(stream)
+    alias = served.aliases[4]
+    await only_at_second(stack, client, alias)
+    stream = client.generate(alias, PROMPT, sampling=LONG)
+    assert (await anext(stream)).header.engine_replica == SECOND
+    await anext(stream)
     second.send(signal.SIGKILL)
     with pytest.raises(Unavailable, match=r"engineReplicas/second was lost after \d+ tokens: ") as lost:
         async for _ in stream:

@@ -101,10 +101,10 @@ class Router:
 
         Raises :class:`BaseModelMismatch` if there are replicas, but of other bases only, and :class:`Unavailable` if
         there is none at all or none that is ready. Asks the catalog once more before it says so: a replica may be
-        new.
+        new, or ready again.
         """
         candidates = self._candidates(base_digest, excluded)
-        if not candidates and not excluded:
+        if not candidates:
             with contextlib.suppress(MintError):
                 await self._read()
             candidates = self._candidates(base_digest, excluded)

@@ -693,3 +693,17 @@ async def test_a_resident_adapter_serves_a_tenant_that_demands_signatures_only_s
     parts, error = await at.failure()
     assert not parts
     assert isinstance(error, SignatureRequired if signed_for is None else SignatureInvalid)
+
+
+async def test_a_replica_that_is_ready_again_is_found_when_the_others_failed() -> None:
+    at = Setting()
+    at.router = Router(at.catalog, poll_s=1000)
+    at.generation = Generation(at.catalog, at.resolver, at.router, at.engines, at.loaders, GenerationLimits())
+    at.catalog.replicas = [a_replica("one"), a_replica("two", state=ReplicaState.DRAINING)]
+    at.engines.before["engineReplicas/one"] = Unavailable("draining")
+    await at.start()
+    at.catalog.replicas = [a_replica("one"), a_replica("two")]
+    header = (await at.generate())[0]
+    assert isinstance(header, Header)
+    assert header.replica == "engineReplicas/two"
+    await at.stop()
