@@ -16,7 +16,7 @@ from bench.support.report import RESULTS, Target
 __all__ = ["table"]
 
 _PAGE = Path(__file__).resolve().parents[1] / "docs" / "benchmarks.md"
-_TABLE = re.compile(r"(<!-- table: ([a-z]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_TABLE = re.compile(r"(<!-- table: ([a-z0-9-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def _shown(value: float) -> str:
@@ -45,7 +45,7 @@ def main() -> None:
             print(f"{name}: no result, left as it is; run `make bench-{name}`")
             return match.group(0)
         print(f"{name}: from {path}")
-        targets = importlib.import_module(f"bench.{name}").TARGETS
+        targets = importlib.import_module(f"bench.{name.partition('-')[0]}").TARGETS
         return f"{begin}{table(json.loads(path.read_text()), targets)}{end}"
 
     _PAGE.write_text(_TABLE.sub(replaced, _PAGE.read_text()))

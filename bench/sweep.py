@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import shutil
 import statistics
 import tempfile
@@ -26,15 +27,15 @@ import uvloop
 from bench.support.clients import clients_of
 from bench.support.cold_steps import ColdSteps, loader_status
 from bench.support.population import BASE, count_policies, import_policies, store_blobs
-from bench.support.random_adapters import RandomAdapters
+from bench.support.random_adapters import MODULES, RandomAdapters
 from bench.support.reference import Reference
 from bench.support.report import RESULTS, Report, Target
 from bench.support.serving import Memory, Serving
 from bench.support.sweeping import Lap, Sweeper, Times
 from bench.support.timing import quantile
-from mint_api.v1 import common_pb2
 from mint_api.v1 import policy_service_pb2 as policy_pb
 from mint_blobs.s3 import S3ObjectStore
+from mint_cli.model import fetch_model
 from mint_client import MintClient
 from mint_core.base_model import digest_of_folder
 from support.tiny_models import make_tiny_llama
@@ -69,25 +70,35 @@ class Bench:
         self.num_cached = max(_NUM_RESIDENTS, int(options.cached * options.num))
         # Beyond those that are counted: what fills the caches before, and what is taken step by step after.
         self.num_blobs = self.num + self.num_cached + 2 * _NUM_STEPS
-        self.report = Report("sweep", {key: each for key, each in vars(options).items() if key != "dir"}, TARGETS)
-        base = make_tiny_llama(folder / "base", options.seed)
-        self.adapters = RandomAdapters(base, folder, rank=options.rank, deviation=options.deviation, seed=options.seed)
+        name = "sweep" if options.base == "random" else f"sweep-{options.base}"
+        places = ("dir", "kept", "fill_only")
+        self.report = Report(name, {key: each for key, each in vars(options).items() if key not in places}, TARGETS)
+        base = make_tiny_llama(folder / "base", options.seed) if options.base == "random" else fetch_model().folder
+        self.adapters = RandomAdapters(
+            base, folder, rank=options.rank, deviation=options.deviation, seed=options.seed, modules=options.modules
+        )
         self.reference = Reference(base, self.adapters)
         self.base_digest = digest_of_folder(base, use_cache=False).digest
+        self.filled = folder / "filled.json"
+        if not self.filled.exists():
+            shutil.rmtree(folder / "installation", ignore_errors=True)
         self.serving = Serving(folder / "installation", base, BASE, cache_entries=self.num_cached)
-        self.blobs: list[common_pb2.BlobRef] = []
+        self.digests: list[str] = []
 
     async def run(self) -> None:
         self._check_reference()
         async with self.serving.storage():
-            await self._populate()
+            await self._fill()
+            if self.options.fill_only:
+                return
+            shutil.rmtree(self.serving.cache_dir, ignore_errors=True)
             async with self._node() as client:
                 sweeper = Sweeper(
                     client,
                     self.adapters,
                     self.reference,
                     _PROMPT,
-                    [blob.digest for blob in self.blobs],
+                    self.digests,
                     num_tokens=self.options.tokens,
                     num_callers=self.options.callers,
                     tolerance=self.options.tolerance,
@@ -108,6 +119,23 @@ class Bench:
         if difference > self.options.tolerance / 10:
             raise RuntimeError(f"updates in rows and merged weights differ by {difference}: the expectation is wrong")
 
+    async def _fill(self) -> None:
+        """Storage and catalog, unless they were filled before, with the same."""
+        settings = {
+            "num_blobs": self.num_blobs,
+            "num_catalog": self.num_catalog,
+            "base": self.base_digest,
+            **{key: vars(self.options)[key] for key in ("rank", "deviation", "modules", "seed")},
+        }
+        if not self.filled.exists():
+            await self._populate()
+            self.filled.write_text(json.dumps({"settings": settings, "digests": self.digests}))
+            return
+        found = json.loads(self.filled.read_text())
+        if found["settings"] != settings:
+            raise RuntimeError(f"{self.filled} is of {found['settings']}, not of {settings}; name another folder")
+        self.digests = found["digests"]
+
     async def _populate(self) -> None:
         """Store all adapters and fill the catalog; several policies share an adapter, and one of them is asked."""
         begun = time.perf_counter()
@@ -119,7 +147,7 @@ class Bench:
                 self.report.say(f"    {num_done} of {total} {what}, {num_done / (time.perf_counter() - begun):.0f}/s")
 
         async with clients_of(self.serving.catalog) as clients, S3ObjectStore(self.serving.store_settings) as store:
-            self.blobs = await store_blobs(
+            blobs = await store_blobs(
                 clients.public,
                 clients.runtime,
                 store,
@@ -136,7 +164,7 @@ class Bench:
             await import_policies(
                 clients.public,
                 range(names),
-                self.blobs,
+                blobs,
                 adjust=self._describe,
                 progress=lambda done: progress(done, 500, "policies", names),
             )
@@ -145,7 +173,8 @@ class Bench:
             num_listed = await count_policies(clients.public)
             if num_listed != names:
                 raise RuntimeError(f"{num_listed} policies are listed, {names} were imported")
-        if len({blob.digest for blob in self.blobs}) != self.num_blobs:
+        self.digests = [blob.digest for blob in blobs]
+        if len(set(self.digests)) != self.num_blobs:
             raise RuntimeError("two adapters have the same digest")
 
     def _describe(self, request: policy_pb.CreatePolicyRequest) -> None:
@@ -278,7 +307,11 @@ def _options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--deviation", type=float, default=0.2, help="of the numbers in A and B")
     parser.add_argument("--tolerance", type=float, default=1e-4, help="largest difference of a log-probability")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--base", choices=("random", "smollm2"), default="random")
+    parser.add_argument("--modules", nargs="+", default=list(MODULES), help="of each layer, that adapters change")
     parser.add_argument("--dir", type=Path, default=None, help="where the servers keep their data meanwhile")
+    parser.add_argument("--kept", type=Path, default=None, help="a folder that is filled once and used again")
+    parser.add_argument("--fill-only", action="store_true", help="fill the folder that is kept, and no more")
     return parser.parse_args(arguments)
 
 
@@ -288,7 +321,9 @@ def main() -> None:
     torch.set_num_threads(1)
     if options.dir is not None:
         options.dir.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix="mint-bench-sweep-", dir=options.dir))
+    if options.kept is not None:
+        options.kept.mkdir(parents=True, exist_ok=True)
+    folder = options.kept or Path(tempfile.mkdtemp(prefix="mint-bench-sweep-", dir=options.dir))
     try:
         uvloop.run(Bench(options, folder).run())
     except BaseException:
@@ -298,7 +333,8 @@ def main() -> None:
             print(f"the processes' logs are in {RESULTS / 'sweep-logs'}", flush=True)
         raise
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder != options.kept:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -18,9 +18,10 @@ from mint_lora import AdapterConfig, pack, read_header, write_safetensors
 from mint_lora.header import TensorInfo
 from support.serving_adapters import adapter_shapes
 
-__all__ = ["RandomAdapters"]
+__all__ = ["MODULES", "RandomAdapters"]
 
-_TARGETS = ("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj")
+MODULES = ("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj")
+"""The linear modules of a layer."""
 _PREFIX = "base_model.model."
 Floats = npt.NDArray[np.float32]
 
@@ -35,10 +36,20 @@ class _Place:
 
 
 class RandomAdapters:
-    """float32 adapters on every linear module of a dense base, A and B normal with the same deviation."""
+    """float32 adapters on linear modules of a dense base, A and B normal with the same deviation."""
 
-    def __init__(self, base: Path, work: Path, *, rank: int, deviation: float, seed: int) -> None:
-        """``work`` is a folder for two files. The scaling is 2, which is no neutral element of anything."""
+    def __init__(
+        self,
+        base: Path,
+        work: Path,
+        *,
+        rank: int,
+        deviation: float,
+        seed: int,
+        modules: Sequence[str] = MODULES,
+    ) -> None:
+        """``work`` is a folder for two files; ``modules`` are adapted in each layer. The scaling is 2, which is no
+        neutral element of anything."""
         self.rank = rank
         self.scaling = 2.0
         self._deviation = np.float32(deviation)
@@ -46,13 +57,13 @@ class RandomAdapters:
         config = AdapterConfig(
             rank=rank,
             alpha=self.scaling * rank,
-            target_modules=_TARGETS,
+            target_modules=tuple(modules),
             base_model=base.name,
             base_digest=digest_of_folder(base, use_cache=False).digest,
             dtype="float32",
         )
         shapes: dict[str, tuple[int, int]] = {}
-        for module, (in_features, out_features) in adapter_shapes(base, _TARGETS).items():
+        for module, (in_features, out_features) in adapter_shapes(base, tuple(modules)).items():
             shapes[f"{_PREFIX}{module}.lora_A.weight"] = (rank, in_features)
             shapes[f"{_PREFIX}{module}.lora_B.weight"] = (out_features, rank)
         self.num_tensors = len(shapes)

@@ -84,7 +84,8 @@ class Reference:
     def _expected(self, prompt: Sequence[int], completions: Sequence[Sequence[int]]) -> Expected:
         ids = torch.tensor([[*prompt, *completion] for completion in completions])
         with torch.inference_mode():
-            logits = self._model(ids).logits[:, len(prompt) - 1 : -1]
+            # A large vocabulary at every token of a batch would take more memory than all the rest.
+            logits = self._model(ids, logits_to_keep=ids.shape[1] - len(prompt) + 1).logits[:, :-1]
             logprobs = torch.log_softmax(logits.float(), -1)
             best = logprobs.max(-1)
             picked = logprobs.gather(-1, ids[:, len(prompt) :, None])[..., 0]

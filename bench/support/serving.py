@@ -52,7 +52,10 @@ class Memory:
 
 
 class Serving:
-    """One installation without training; :meth:`storage` first, inside of it :meth:`node`."""
+    """One installation without training; :meth:`storage` first, inside of it :meth:`node`.
+
+    etcd and the object store go on with what they find in the folder.
+    """
 
     def __init__(
         self, folder: Path, base: Path, base_model: str, *, etcd_quota_bytes: int = 8 << 30, **catalog: object
@@ -60,7 +63,7 @@ class Serving:
         """``catalog`` are settings of the catalog."""
         self.folder, self.base, self.base_model = folder, base, base_model
         for name in ("etcd", "weed", "logs"):
-            (folder / name).mkdir(parents=True)
+            (folder / name).mkdir(parents=True, exist_ok=True)
         self.etcd = EtcdServer(folder / "etcd", f"--quota-backend-bytes={etcd_quota_bytes}")
         self.weed = WeedServer(folder / "weed")
         self.catalog = CatalogServer("", None, folder / "logs" / "catalog.log")
