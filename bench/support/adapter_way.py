@@ -10,17 +10,23 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 import numpy as np
+import torch
 
-from mint_api.v1 import common_pb2, inference_service_pb2, run_service_pb2, session_service_pb2
-from mint_blobs import state_keys
+from mint_api.runtime.v1 import publish_service_pb2
+from mint_api.v1 import (
+    common_pb2,
+    inference_service_pb2,
+    revision_service_pb2,
+    run_service_pb2,
+    session_service_pb2,
+)
 from mint_blobs.s3 import S3ObjectStore
 from mint_client import MintClient
 from mint_client.runtime import ExporterClient, WorkClient
-from mint_core.names import PolicyName
-from mint_lora import AdapterConfig, write_safetensors
-from mint_lora.dtypes import from_float32
-from mint_lora.tensors import TensorSource
-from support.serving_adapters import adapter_shapes
+from mint_core.names import BlobName
+from mint_engine.base_geometry import BaseGeometry
+from mint_engine.sglang_settings import DEFAULT_TARGET_MODULES
+from mint_lora import LAYOUT_PACKED, AdapterConfig, TensorSource, write_safetensors
 from support.stack import Stack
 
 __all__ = ["AdapterWay", "ExpertTrainer", "Handoff", "SessionTrainer", "Trainer", "adapter_way"]
@@ -101,17 +107,25 @@ class SessionTrainer:
 
 
 class ExpertTrainer:
-    """A trainer outside of MinT, whose adapters are on routed experts too: weights in the form that PEFT has them, in
-    the base's type, stored as a training state for the exporter."""
+    """A trainer outside of MinT, whose adapters are on routed experts too, stacked as transformers has them. It saves
+    for an export as MinT's does: float32 weights in the base's type and packed layout, stored under the object key that
+    the catalog has for them."""
 
     def __init__(
-        self, base: Path, base_digest: str, policy: str, store: S3ObjectStore, folder: Path, rank: int, alpha: float
+        self,
+        base: Path,
+        base_digest: str,
+        work: WorkClient,
+        store: S3ObjectStore,
+        folder: Path,
+        lora: tuple[int, float],
     ) -> None:
-        self._policy = PolicyName.parse(policy)
+        rank, alpha = lora
+        self._work = work
         self._store = store
         self._path = folder / "weights.safetensors"
         self._step = 0
-        shapes = adapter_shapes(base)
+        shapes = _stacked_shapes(base)
         self._config = AdapterConfig(
             rank=rank,
             alpha=alpha,
@@ -119,35 +133,54 @@ class ExpertTrainer:
             base_model=base.name,
             base_digest=base_digest,
             dtype="bfloat16",
+            layout=LAYOUT_PACKED,
         )
-        generator = np.random.default_rng(0)
-        self._tensors: dict[str, np.ndarray] = {}
-        for module, (in_features, out_features) in shapes.items():
+        self._generator = torch.Generator().manual_seed(0)
+        self._tensors: dict[str, torch.Tensor] = {}
+        for module, (num_experts, in_features, out_features) in shapes.items():
             stem = f"base_model.model.{module}"
-            a = generator.standard_normal((rank, in_features), dtype=np.float32) / in_features**0.5
-            b = generator.standard_normal((out_features, rank), dtype=np.float32) * 0.02
-            self._tensors[f"{stem}.lora_A.weight"] = from_float32(a, "BF16")
-            self._tensors[f"{stem}.lora_B.weight"] = from_float32(b, "BF16")
+            self._tensors[f"{stem}.lora_A.weight"] = self._randn(*num_experts, rank, in_features) / in_features**0.5
+            self._tensors[f"{stem}.lora_B.weight"] = self._randn(*num_experts, out_features, rank) * 0.02
+
+    def _randn(self, *shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=self._generator)
 
     async def train(self, seed: int) -> None:
-        generator = np.random.default_rng(seed)
+        self._generator.manual_seed(seed)
         for name, values in self._tensors.items():
             if ".self_attn." in name and ".lora_B." in name:
-                b = generator.standard_normal(values.shape, dtype=np.float32) * 0.02
-                self._tensors[name] = from_float32(b, "BF16")
+                self._tensors[name] = self._randn(*values.shape) * 0.02
 
     async def save(self, fence: int) -> common_pb2.TrainingState:
         self._step += 1
-        sources = {name: TensorSource.of(values, "BF16") for name, values in self._tensors.items()}
-        written = write_safetensors(self._path, sources, self._config.to_metadata())
-        keys = state_keys(self._policy, "experts", self._step, fence)
-        await self._store.put_file(keys.weights, self._path, digest=written.digest)
+        sources = {
+            name: TensorSource.of(values.to(torch.bfloat16).view(torch.uint16).numpy(), "BF16")
+            for name, values in self._tensors.items()
+        }
+        written = write_safetensors(self._path, sources, self._config.to_metadata(), durable=False)
+        record = await self._work.stage_blob(str(BlobName(_TENANT, written.digest)), written.size_bytes)
+        if record.state != publish_service_pb2.BLOB_STATE_VERIFIED:
+            await self._store.put_file(record.object_key, self._path, digest=written.digest)
         blob = common_pb2.BlobRef(digest=written.digest, size_bytes=written.size_bytes)
-        return common_pb2.TrainingState(step=self._step, fence=fence, weights_key=keys.weights, weights=blob)
+        return common_pb2.TrainingState(step=self._step, fence=fence, weights_key=record.object_key, weights=blob)
 
     async def logprob(self, prompt: Sequence[int], token_id: int) -> float | None:
         del prompt, token_id
         return None
+
+
+def _stacked_shapes(base: Path) -> dict[str, tuple[tuple[int, ...], int, int]]:
+    """(number of experts or nothing, in_features, out_features) of every target module."""
+    geometry = BaseGeometry.from_folder(base)
+    shapes: dict[str, tuple[tuple[int, ...], int, int]] = {
+        name: ((), in_features, out_features)
+        for name, (out_features, in_features) in geometry.linears.items()
+        if name.rpartition(".")[2] in DEFAULT_TARGET_MODULES
+    }
+    for block, experts in geometry.experts.items():
+        for leaf, shape in experts.items():
+            shapes[f"{block}.{leaf}"] = ((shape.num_experts,), shape.in_features, shape.out_features)
+    return shapes
 
 
 class AdapterWay:
@@ -184,8 +217,7 @@ class AdapterWay:
         return Handoff(
             {name: (end - begin) * 1e3 for name, begin, end in zip(parts, at, at[1:], strict=False)},
             revision.blob.size_bytes,
-            # Up and down between trainer and exporter; up, read back and down between exporter and engine.
-            2 * state.weights.size_bytes + state.optimizer.size_bytes + 3 * revision.blob.size_bytes,
+            _moved_bytes(state, revision),
             chunk.logprobs[0],
             {name: getattr(timings, f"{name}_ms") for name in ("fetch", "pack", "upload", "publish")},
         )
@@ -210,6 +242,12 @@ class AdapterWay:
         return header, chunk, header_at
 
 
+def _moved_bytes(state: common_pb2.TrainingState, revision: revision_service_pb2.Revision) -> int:
+    """Up by the trainer, down to the exporter, down to the engine; up and back again if the exporter stored it anew."""
+    num_moves = 1 if state.weights_key == revision.object_key else 3
+    return 2 * state.weights.size_bytes + state.optimizer.size_bytes + num_moves * revision.blob.size_bytes
+
+
 @contextlib.asynccontextmanager
 async def adapter_way(stack: Stack, *, rank: int, alpha: float, has_experts: bool) -> AsyncIterator[AdapterWay]:
     """A policy on the installation's base, its lease, and its trainer."""
@@ -224,7 +262,7 @@ async def adapter_way(stack: Stack, *, rank: int, alpha: float, has_experts: boo
         way = AdapterWay(client, exporter, policy.name, lease.fence)
         if has_experts:
             store = await opened.enter_async_context(stack.object_store())
-            way.trainer = ExpertTrainer(stack.base, base.digest, policy.name, store, stack.state, rank, alpha)
+            way.trainer = ExpertTrainer(stack.base, base.digest, work, store, stack.state, (rank, alpha))
         else:
             way.trainer = await SessionTrainer.open(client, policy.name, base.digest, lora, 384)
         yield way

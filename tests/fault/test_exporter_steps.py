@@ -55,14 +55,19 @@ async def test_the_matrix_is_the_registry() -> None:
     assert known == {*STEPS, *IMPORT_STEPS}
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(360)
 async def test_killed_at_every_step_and_repeated(house: House, tmp_path: Path) -> None:
-    matrix = [*((point, _export) for point in STEPS), *((point, _import) for point in IMPORT_STEPS)]
+    matrix = [
+        *((point, _export) for point in STEPS),
+        *((point, _import) for point in IMPORT_STEPS),
+        # The trainer has uploaded it.
+        *((point, _export_stored) for point in STEPS if point != "exporter.uploaded"),
+    ]
     repeat: Callable[[], Awaitable[str]] | None = None
     for number, (point, make) in enumerate(matrix):
-        # The repetition of the blow before passes the next point once, but for the first that only imports have. So one
-        # start of the process serves both.
-        nth = 1 if repeat is None or point == IMPORT_STEPS[0] else 2
+        # The repetition of the blow before passes the next point once, but for the first of its kind. So one start of
+        # the process serves both.
+        nth = 2 if number and make is matrix[number - 1][1] else 1
         house.exporter.stop(kill=False)
         await house.exporter.start(MINT_FAILPOINTS=f"{point}=kill@{nth}")
         if repeat is not None:
@@ -89,6 +94,15 @@ async def _export(house: House, folder: Path, seed: int) -> tuple[str, Callable[
     policy = await house.policy()
     fence = await house.lease(policy)
     state = await house.save(folder, policy, fence, seed=seed)
+    request = exporter_service_pb2.ExportRequest(policy=policy, training_state=state, fence=fence)
+    return policy, lambda: house.once("Export", request)
+
+
+async def _export_stored(house: House, folder: Path, seed: int) -> tuple[str, Callable[[], Awaitable[Any]]]:
+    policy = await house.policy()
+    fence = await house.lease(policy)
+    # Another seed than any of _export's: equal bytes would be verified already.
+    state = await house.save_for_export(folder, policy, fence, seed=1000 + seed)
     request = exporter_service_pb2.ExportRequest(policy=policy, training_state=state, fence=fence)
     return policy, lambda: house.once("Export", request)
 

@@ -29,6 +29,7 @@ from mint_client.runtime import ExporterClient, WorkClient
 from mint_core.channel import call, connect
 from mint_core.names import PolicyName
 from mint_core.signing import TrustedKeys
+from mint_lora import pack
 from support.adapters import BASE_DIGEST, config_for, moe_shapes, write_adapter
 from support.children import dying_with_parent
 from support.etcd import EtcdServer
@@ -142,6 +143,23 @@ class House:
             fence=fence.token,
             weights_key=keys.weights,
             weights=common_pb2.BlobRef(digest=digest_bytes(data), size_bytes=len(data)),
+        )
+
+    async def save_for_export(
+        self, folder: Path, policy: str, fence: common_pb2.Fence, *, seed: int = 0
+    ) -> common_pb2.TrainingState:
+        """As the trainer does: the blob itself, where the catalog wants it."""
+        shapes = moe_shapes()
+        write_adapter(folder / "weights", shapes, config_for(shapes), seed=seed)
+        packed = pack(folder / "weights", folder / "packed")
+        record = await self.work.stage_blob(f"tenants/acme/blobs/{packed.digest}", packed.size_bytes)
+        await self.store.put_file(record.object_key, packed.path, digest=packed.digest)
+        return common_pb2.TrainingState(
+            run="tenants/acme/runs/r1",
+            step=1,
+            fence=fence.token,
+            weights_key=record.object_key,
+            weights=common_pb2.BlobRef(digest=packed.digest, size_bytes=packed.size_bytes),
         )
 
     async def once(self, method: str, request: Any) -> Any:

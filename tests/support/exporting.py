@@ -40,6 +40,7 @@ from mint_exporter.model import (
 from mint_exporter.publishing import Publisher
 from mint_exporter.reading import Reader
 from mint_exporter.scratch import Scratch
+from mint_lora import pack
 from support.adapters import BASE_DIGEST, config_for, moe_shapes, write_adapter
 
 __all__ = ["FENCE", "MIB", "POLICY", "RUN", "Bench", "MemoryCatalog", "MemoryRevision", "exporter_bench"]
@@ -165,6 +166,16 @@ class Bench:
         key = f"tenants/{tenant}/states/support/r1/{seed:08d}-7/weights.safetensors"
         info = await self.store.put_file(key, path, digest=digest)
         return SavedWeights(key, digest, info.size_bytes)
+
+    async def save_for_export(self, *, seed: int = 0) -> SavedWeights:
+        """As the trainer does: the blob itself, where the catalog wants it."""
+        shapes = moe_shapes()
+        path = self.work / secrets.token_hex(4)
+        write_adapter(path, shapes, config_for(shapes), seed=seed)
+        packed = pack(path, path.with_suffix(".packed"))
+        record = await self.catalog.stage_blob(BlobName("acme", packed.digest), packed.size_bytes)
+        await self.store.put_file(record.object_key, packed.path, digest=packed.digest)
+        return SavedWeights(record.object_key, packed.digest, packed.size_bytes)
 
     async def upload(self, data: bytes, *, tenant: str = "acme") -> BlobName:
         """A verified blob."""

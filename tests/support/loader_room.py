@@ -43,6 +43,7 @@ class FakeEngine:
         self.digests: set[str] = set()
         self.pinned: set[str] = set()
         self.num_loads = 0
+        self.num_looks = 0
         self.order: list[str] = []
         self.error: MintError | None = None
         self.go = asyncio.Event()
@@ -72,6 +73,7 @@ class FakeEngine:
         self.pinned.discard(digest)
 
     async def resident(self, *, timeout_s: float) -> Resident:
+        self.num_looks += 1
         if isinstance(self.error, Unavailable):
             raise self.error
         return Resident(self.base_digest, frozenset(self.digests), (), frozenset(self.pinned))
@@ -90,7 +92,9 @@ class SlowStore(MemoryObjectStore):
         self.go.set()
         self.error: MintError | None = None
 
-    async def get_file(self, key: str, path: Path, *, digest: str, size_bytes: int | None = None) -> None:
+    async def get_file(
+        self, key: str, path: Path, *, digest: str, size_bytes: int | None = None, durable: bool = True
+    ) -> None:
         self.num_reads += 1
         self.order.append(digest)
         self.num_running += 1
@@ -99,7 +103,7 @@ class SlowStore(MemoryObjectStore):
             await self.go.wait()
             if self.error is not None:
                 raise self.error
-            await super().get_file(key, path, digest=digest, size_bytes=size_bytes)
+            await super().get_file(key, path, digest=digest, size_bytes=size_bytes, durable=durable)
         finally:
             self.num_running -= 1
 

@@ -18,7 +18,7 @@ from mint_core.errors import Internal, InvalidArgument, MintError, ResourceExhau
 from mint_core.files import atomic_file
 from mint_core.threads import run_to_end
 
-__all__ = ["ArrivalDigest", "opening_source", "read_source", "write_at", "writing_target"]
+__all__ = ["ArrivalDigest", "opening_source", "read_source", "write_at", "write_whole", "writing_target"]
 
 _READ_BYTES = 1 << 20
 _SYNC_BYTES = 64 << 20
@@ -46,11 +46,11 @@ def read_source(path: Path) -> bytes:
 
 
 @contextlib.asynccontextmanager
-async def writing_target(path: Path) -> AsyncIterator[BufferedRandom]:
+async def writing_target(path: Path, *, durable: bool = True) -> AsyncIterator[BufferedRandom]:
     """:func:`mint_core.files.atomic_file` with its disk waits in a thread, a full disk told as
     :class:`ResourceExhausted`."""
     try:
-        target = atomic_file(path)
+        target = atomic_file(path, durable=durable)
         file = await run_to_end(target.__enter__)
         try:
             yield file
@@ -58,6 +58,15 @@ async def writing_target(path: Path) -> AsyncIterator[BufferedRandom]:
             await run_to_end(target.__exit__, *sys.exc_info())
             raise
         await run_to_end(target.__exit__, None, None, None)
+    except OSError as error:
+        raise _disk_error(error, path) from error
+
+
+def write_whole(path: Path, data: bytes, *, durable: bool) -> None:
+    """As :func:`writing_target`, for bytes that are all there; blocks."""
+    try:
+        with atomic_file(path, durable=durable) as file:
+            file.write(data)
     except OSError as error:
         raise _disk_error(error, path) from error
 

@@ -35,6 +35,8 @@ class S3Calls:
         """Create the client; makes no request."""
         settings = self.settings
         config = AioConfig(
+            # The usual one, with all that it says of this machine, is put together anew for each request.
+            user_agent="mint",
             connect_timeout=settings.connect_timeout_s,
             read_timeout=settings.read_timeout_s,
             # Attempts are counted here and not in botocore, because a body that breaks off must be retried too.

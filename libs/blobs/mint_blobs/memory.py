@@ -69,11 +69,13 @@ class MemoryObjectStore:
         self._objects[key] = _Stored(bytes(data), info)
         return info
 
-    async def get_file(self, key: str, path: Path, *, digest: str, size_bytes: int | None = None) -> None:
+    async def get_file(
+        self, key: str, path: Path, *, digest: str, size_bytes: int | None = None, durable: bool = True
+    ) -> None:
         check_digest(digest, field="digest")
         stored = await self._get(key)
         _check(key, stored.data, digest, size_bytes)
-        async with writing_target(path) as file:
+        async with writing_target(path, durable=durable) as file:
             file.write(stored.data)
 
     async def get_bytes(self, key: str, *, digest: str | None = None, max_bytes: int) -> bytes:

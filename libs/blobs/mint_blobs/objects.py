@@ -92,10 +92,13 @@ class ObjectStore(Protocol):
         """Put ``data``. Errors: ``AlreadyExists`` as in :meth:`put_file`."""
         ...
 
-    async def get_file(self, key: str, path: Path, *, digest: str, size_bytes: int | None = None) -> None:
+    async def get_file(
+        self, key: str, path: Path, *, digest: str, size_bytes: int | None = None, durable: bool = True
+    ) -> None:
         """Bring the object to ``path``, by parallel ranges where it is large; the parent folder must exist.
 
-        ``size_bytes`` saves one round trip where it is known. Errors: ``NotFound``; ``BlobCorrupt`` if size or digest
+        ``size_bytes`` saves one round trip where it is known. Without ``durable`` nothing is synced: for a file that
+        somebody syncs before it counts. Errors: ``NotFound``; ``BlobCorrupt`` if size or digest
         differ, with nothing left on disk; ``ResourceExhausted`` if the disk is full.
         """
         ...

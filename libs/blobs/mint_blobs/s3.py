@@ -8,7 +8,7 @@ import contextlib
 import functools
 import hashlib
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -16,7 +16,7 @@ from io import BufferedRandom
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
-from mint_blobs._local import ArrivalDigest, opening_source, write_at, writing_target
+from mint_blobs._local import ArrivalDigest, opening_source, write_at, write_whole, writing_target
 from mint_blobs._s3_calls import S3Calls, first_error
 from mint_blobs._s3_errors import STORE_FAILURES, error_code
 from mint_blobs.digests import digest_base64, digest_bytes, digest_hex, format_digest
@@ -41,6 +41,8 @@ __all__ = ["S3ObjectStore"]
 _DIGEST_METADATA = "mint-sha256"
 _CHUNK_BYTES = 1 << 20
 _MAX_PARTS = 10_000
+_SMALL_BYTES = 1 << 20
+"""What is not larger is read into memory and written in one go: its steps would cost more than its bytes."""
 _log = log.get_logger(__name__)
 
 
@@ -104,39 +106,34 @@ class S3ObjectStore:
         async with self._calls.limit(self._settings.operation_timeout_s, "put", key):
             return await self._put_whole(key, data, await run_to_end(digest_bytes, data), if_absent=if_absent)
 
-    async def get_file(self, key: str, path: Path, *, digest: str, size_bytes: int | None = None) -> None:
+    async def get_file(
+        self, key: str, path: Path, *, digest: str, size_bytes: int | None = None, durable: bool = True
+    ) -> None:
         check_key(key)
         check_digest(digest, field="digest")
         async with self._calls.limit(self._settings.transfer_timeout_s, "get", key):
             total = (await self._head(key)).size_bytes if size_bytes is None else size_bytes
+            get = self._get_small if total <= min(_SMALL_BYTES, self._settings.range_size_bytes) else self._get_ranges
             try:
-                await self._get_checked(key, path, digest, total)
+                await get(key, path, digest, total, durable=durable)
             except BlobCorrupt as error:
                 if "actual_digest" not in error.metadata:
                     raise
                 # What TCP's sum of 16 bits let pass on the way is no loss of data.
                 _log.warning("object arrived with another digest: reading it again", extra={"fields": {"key": key}})
-                await self._get_checked(key, path, digest, total)
+                await get(key, path, digest, total, durable=durable)
 
     async def get_bytes(self, key: str, *, digest: str | None = None, max_bytes: int) -> bytes:
         check_key(key)
-        client = self._calls.client
 
-        async def read() -> bytes:
-            answer = await client.get_object(Bucket=self._bucket, Key=key)
-            async with answer["Body"] as body:
-                size_bytes = int(answer["ContentLength"])
-                if size_bytes > max_bytes:
-                    raise ResourceExhausted(
-                        f"object {key} has {size_bytes} bytes, allowed are {max_bytes}", metadata={"key": key}
-                    )
-                data: bytes = await body.read()
-            if len(data) != size_bytes:
-                raise Unavailable(f"object {key} broke off after {len(data)} of {size_bytes} bytes")
-            return data
+        def check_size(size_bytes: int) -> None:
+            if size_bytes > max_bytes:
+                raise ResourceExhausted(
+                    f"object {key} has {size_bytes} bytes, allowed are {max_bytes}", metadata={"key": key}
+                )
 
         async with self._calls.limit(self._settings.operation_timeout_s, "get", key):
-            data = await self._calls.call("get", key, read)
+            data = await self._get_whole(key, check_size)
             if digest is not None:
                 actual = await run_to_end(digest_bytes, data)
                 if actual != check_digest(digest, field="digest"):
@@ -252,8 +249,37 @@ class S3ObjectStore:
             raise Unavailable(f"object {key} broke off after {num_read} of {size_bytes} bytes")
         return format_digest(hasher.digest())
 
-    async def _get_checked(self, key: str, path: Path, digest: str, total: int) -> None:
-        async with writing_target(path) as file:
+    async def _get_whole(self, key: str, check_size: Callable[[int], None]) -> bytes:
+        """All bytes by one request; ``check_size`` is told how many there are before they are read."""
+
+        async def read() -> bytes:
+            answer = await self._calls.client.get_object(Bucket=self._bucket, Key=key)
+            async with answer["Body"] as body:
+                size_bytes = int(answer["ContentLength"])
+                check_size(size_bytes)
+                data: bytes = await body.read()
+            if len(data) != size_bytes:
+                raise Unavailable(f"object {key} broke off after {len(data)} of {size_bytes} bytes")
+            return data
+
+        return await self._calls.call("get", key, read)
+
+    async def _get_small(self, key: str, path: Path, digest: str, total: int, *, durable: bool) -> None:
+        def check_size(size_bytes: int) -> None:
+            if size_bytes != total:
+                raise _corrupt(key, f"{size_bytes} bytes", f"{total} bytes")
+
+        def check_and_write(data: bytes) -> None:
+            if (actual := digest_bytes(data)) != digest:
+                raise _corrupt(key, f"digest {actual}", digest, actual_digest=actual)
+            write_whole(path, data, durable=durable)
+
+        async with self._calls.slots.slot(check_size):
+            data = await self._get_whole(key, check_size)
+        await run_to_end(check_and_write, data)
+
+    async def _get_ranges(self, key: str, path: Path, digest: str, total: int, *, durable: bool) -> None:
+        async with writing_target(path, durable=durable) as file:
             digesting = ArrivalDigest(file, total, self._settings.range_size_bytes)
 
             async def fetch(start: int, length: int) -> None:

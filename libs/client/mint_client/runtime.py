@@ -26,7 +26,7 @@ _STREAM_TIMEOUT_S = 3600.0
 
 
 class WorkClient:
-    """The catalog's run queue and leases, and the blob records a worker reads its data by."""
+    """The catalog's run queue and leases, and the blob records a worker reads its data by and a trainer stores by."""
 
     def __init__(self, catalog_runtime_address: str, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
         self._connection = Connection("catalog", catalog_runtime_address)
@@ -124,6 +124,12 @@ class WorkClient:
         stub = self._connection.stub(publish_service_pb2_grpc.PublishServiceStub)
         request = publish_service_pb2.GetBlobRequest(name=name)
         return (await call(stub.GetBlob, request, timeout_s=self._timeout_s)).blob
+
+    async def stage_blob(self, name: str, size_bytes: int) -> publish_service_pb2.BlobRecord:
+        """The record of ``tenants/{t}/blobs/{digest}``, made where there was none: the bytes go to its object key."""
+        stub = self._connection.stub(publish_service_pb2_grpc.PublishServiceStub)
+        request = publish_service_pb2.StageBlobRequest(name=name, size_bytes=size_bytes)
+        return (await call(stub.StageBlob, request, timeout_s=self._timeout_s)).blob
 
 
 class ExporterClient:

@@ -30,6 +30,7 @@ from mint_lora.config import (
 from mint_lora.diff import AdapterDiff, ConfigChange, ModuleDiff, diff_adapters
 from mint_lora.folders import read_peft_folder, write_peft_folder, write_serving_folder
 from mint_lora.header import Header, TensorInfo, read_header
+from mint_lora.layout_packed import is_packed_name
 from mint_lora.packing import PackedAdapter, pack, unpack
 from mint_lora.peft_config import config_from_peft
 from mint_lora.tensors import TensorFile, TensorSource, WrittenFile, write_safetensors
@@ -55,6 +56,7 @@ __all__ = [
     "WrittenFile",
     "config_from_peft",
     "diff_adapters",
+    "is_packed_name",
     "pack",
     "read_header",
     "read_peft_folder",

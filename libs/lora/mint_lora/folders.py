@@ -36,15 +36,18 @@ _MAX_CONFIG_BYTES = 1 << 20
 _PICKLES = (".bin", ".ckpt", ".pkl", ".pt", ".pth")
 
 
-def write_serving_folder(blob_path: Path, folder: Path, *, durable: bool = True) -> AdapterConfig:
+def write_serving_folder(
+    blob_path: Path, folder: Path, *, durable: bool = True, config: AdapterConfig | None = None
+) -> AdapterConfig:
     """Make ``folder`` for an engine out of a verified packed blob, whole or not at all; returns the configuration.
 
     The folder holds the blob (a hard link where the file system allows, else a copy) and a generated
     ``adapter_config.json``, nothing else. An existing folder is taken as made earlier: name it by the blob's digest.
-    Without ``durable`` nothing is synced: for whoever syncs the folder before it counts. Raises
-    :class:`InvalidArgument` if the blob is not in packed layout.
+    Without ``durable`` nothing is synced: for whoever syncs the folder before it counts. ``config`` is the blob's own,
+    from whoever has just read it. Raises :class:`InvalidArgument` if the blob is not in packed layout.
     """
-    config = AdapterConfig.from_metadata(read_header(blob_path).metadata, file_name=blob_path.name)
+    if config is None:
+        config = AdapterConfig.from_metadata(read_header(blob_path).metadata, file_name=blob_path.name)
     if config.layout != LAYOUT_PACKED:
         raise InvalidArgument(
             f"{blob_path.name} has layout {config.layout!r}, expected {LAYOUT_PACKED!r}", field="layout"

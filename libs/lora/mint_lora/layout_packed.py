@@ -6,13 +6,20 @@ from collections.abc import Mapping
 
 from mint_core.errors import InvalidArgument
 from mint_lora.config import LAYOUT_PACKED, LAYOUT_SHARED_OUTER, AdapterConfig
+from mint_lora.families import canonical_module
 from mint_lora.pivot import EXPERT_MODULE, LoraName, PackedTensor, Pivot, Unpacked, parse_lora_name
 from mint_lora.stacks import expanded, shared
 from mint_lora.tensors import TensorFile, TensorSource
 
-__all__ = ["PackedLayout", "SharedOuterLayout", "packed_tensors"]
+__all__ = ["PackedLayout", "SharedOuterLayout", "is_packed_name", "packed_tensors"]
 
 _SHARED_SIDES = {("gate_proj", "A"), ("up_proj", "A"), ("down_proj", "B")}
+
+
+def is_packed_name(tensor: str) -> bool:
+    """Whether a tensor of PEFT's has the same name, and so is the same, in the packed layout."""
+    module = parse_lora_name(tensor).module
+    return EXPERT_MODULE.fullmatch(module) is None and canonical_module(module) == module
 
 
 def packed_tensors(file: TensorFile) -> dict[LoraName, PackedTensor]:

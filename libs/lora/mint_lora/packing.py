@@ -15,7 +15,7 @@ from mint_lora.dtypes import DTYPES, SAFETENSORS_NAMES, from_float32, to_float32
 from mint_lora.header import TensorInfo, read_header
 from mint_lora.layouts import LoraName, PackedTensor, layout_named
 from mint_lora.stacks import expanded, whole, widened
-from mint_lora.tensors import Array, TensorFile, TensorSource, write_safetensors
+from mint_lora.tensors import Array, TensorFile, TensorSource, is_written_as, write_safetensors
 from mint_lora.validation import check_modules
 
 __all__ = ["PackedAdapter", "pack", "unpack"]
@@ -43,8 +43,13 @@ def pack(
     *,
     max_size_bytes: int | None = None,
     expand_shared: bool = False,
+    source_digest: str | None = None,
+    durable: bool = True,
 ) -> PackedAdapter:
     """Write the adapter in ``source`` to ``target`` in serving layout.
+
+    With ``source_digest``, which the caller has checked, a source that is byte for byte what would be written is
+    checked as any other and then is the result itself; ``target`` is not written. Without ``durable`` it is not synced.
 
     ``config`` is for a file without ``mint.adapter`` metadata (an imported one). Routed experts are stacked; a matrix
     that all experts share is kept once unless ``expand_shared``. Engines know one rank and one scaling per adapter, so
@@ -65,17 +70,23 @@ def pack(
         num_experts = max((each.num_experts or 0 for each in modules), default=0)
         target_config = _uniform(pivot.config).with_layout(LAYOUT_PACKED)
         tensors: dict[str, TensorSource] = {}
+        is_packed = config.layout == LAYOUT_PACKED
         for name, each in pivot.tensors.items():
             fitted = _fitted(name, each, pivot.config, target_config)
             is_stack = expand_shared and len(fitted.shape) == 3
             tensors[str(name)] = expanded(fitted, num_experts) if is_stack else fitted
+            is_packed &= tensors[str(name)] is each.source
         size_bytes = sum(each.size_bytes for each in tensors.values())
         if max_size_bytes is not None and size_bytes > max_size_bytes:
             raise ResourceExhausted(
                 f"the adapter would have {size_bytes} bytes with rank {target_config.rank} for all its modules, "
                 f"allowed are {max_size_bytes}"
             )
-        written = write_safetensors(target, tensors, target_config.to_metadata())
+        metadata = target_config.to_metadata()
+        if source_digest is not None and is_packed and is_written_as(file, tensors, metadata):
+            manifest = tuple(file.header.tensors.values())
+            return PackedAdapter(source, source_digest, file.header.size_bytes, len(tensors), target_config, manifest)
+        written = write_safetensors(target, tensors, metadata, durable=durable)
     manifest = tuple(read_header(target).tensors.values())
     return PackedAdapter(target, written.digest, written.size_bytes, written.num_tensors, target_config, manifest)
 

@@ -20,7 +20,7 @@ from mint_core.files import atomic_file
 from mint_lora.dtypes import DTYPES, dtype_of_array, has_non_finite
 from mint_lora.header import Header, TensorInfo, read_header
 
-__all__ = ["Array", "TensorFile", "TensorSource", "WrittenFile", "write_safetensors"]
+__all__ = ["Array", "TensorFile", "TensorSource", "WrittenFile", "is_written_as", "write_safetensors"]
 
 Array: TypeAlias = npt.NDArray[np.generic]
 """A C-contiguous little-endian array of an element type's ``view`` (``uint16`` for bfloat16)."""
@@ -94,6 +94,10 @@ class TensorFile:
         info = self.header.tensors[name]
         return TensorSource(info.dtype, info.shape, lambda: (self.array(name),))
 
+    def begins_with(self, data: bytes) -> bool:
+        """Whether these are the file's first bytes."""
+        return self._bytes[: len(data)].tobytes() == data
+
     def check_finite(self) -> None:
         """Raise :class:`InvalidArgument` naming the first tensor that holds an infinity or NaN. Reads every byte."""
         for run in self._runs():
@@ -142,9 +146,15 @@ class WrittenFile:
 
 
 def write_safetensors(
-    path: Path, tensors: Mapping[str, Array | TensorSource], metadata: Mapping[str, str] | None = None
+    path: Path,
+    tensors: Mapping[str, Array | TensorSource],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    durable: bool = True,
 ) -> WrittenFile:
     """Write a safetensors file whose bytes depend on the arguments' values only, whole or not at all.
+
+    Without ``durable`` it is not synced: for a file on its way to somewhere else.
 
     Tensors lie by falling element size, then by name; the header is compact JSON with sorted metadata, padded with
     spaces so that data begins at a multiple of 8. The tensors are streamed: at most one array of a
@@ -153,9 +163,9 @@ def write_safetensors(
     sources = {
         name: each if isinstance(each, TensorSource) else TensorSource.of(each) for name, each in tensors.items()
     }
-    names = sorted(sources, key=lambda name: (-DTYPES[sources[name].dtype].size_bytes, name))
+    names = _in_order(sources)
     hasher = hashlib.sha256()
-    with atomic_file(path) as file:
+    with atomic_file(path, durable=durable) as file:
 
         def write(data: bytes | memoryview) -> int:
             file.write(data)
@@ -172,6 +182,15 @@ def write_safetensors(
                 raise ValueError(f"tensor {name!r} gave {written} bytes, announced were {sources[name].size_bytes}")
             size_bytes += written
     return WrittenFile(f"sha256:{hasher.hexdigest()}", size_bytes, len(names))
+
+
+def is_written_as(file: TensorFile, tensors: Mapping[str, TensorSource], metadata: Mapping[str, str]) -> bool:
+    """Whether :func:`write_safetensors` would write the bytes of ``file``, if ``tensors`` are its own, as they are."""
+    return file.begins_with(_header(_in_order(tensors), tensors, metadata))
+
+
+def _in_order(sources: Mapping[str, TensorSource]) -> list[str]:
+    return sorted(sources, key=lambda name: (-DTYPES[sources[name].dtype].size_bytes, name))
 
 
 def _header(names: list[str], sources: Mapping[str, TensorSource], metadata: Mapping[str, str]) -> bytes:

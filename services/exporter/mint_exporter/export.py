@@ -70,12 +70,14 @@ class Exporter:
             await _FETCHED.reached()
             config = await run_to_end(_own_config, source)
             return await self._publisher.publish(
-                policy, source, config, base, lineage, fence, request_id, fetch_ms=fetch_ms
+                policy, source, config, base, lineage, fence, request_id, fetch_ms=fetch_ms, fetched=weights
             )
 
     async def _fetch(self, weights: SavedWeights, path: Path) -> None:
         with store_trouble():
-            await self._store.get_file(weights.key, path, digest=weights.digest, size_bytes=weights.size_bytes)
+            await self._store.get_file(
+                weights.key, path, digest=weights.digest, size_bytes=weights.size_bytes, durable=False
+            )
 
 
 def _own_config(source: Path) -> AdapterConfig:

@@ -64,8 +64,11 @@ class BlobKeeper:
         self._catalog = catalog
         self._store = store
 
-    async def keep(self, name: BlobName, path: Path, size_bytes: int) -> BlobRecord:
+    async def keep(self, name: BlobName, path: Path, size_bytes: int, *, read_from: str = "") -> BlobRecord:
         """Store ``path``, whose digest is ``name.digest``, unless it is stored and verified already.
+
+        ``read_from`` is the object key from which ``path`` was just brought and found to have the digest: if that is
+        where the catalog wants the blob, the trainer has stored it there and it has been read back.
 
         Raises ``DigestMismatch`` if the file has another digest, ``BlobCorrupt`` if the store does not give back what
         it was given, ``Unavailable`` if store or catalog are away.
@@ -75,16 +78,8 @@ class BlobKeeper:
             if record.is_verified:
                 return record
             await _STAGED.reached()
-            with store_trouble():
-                try:
-                    await self._store.put_file(record.object_key, path, digest=name.digest)
-                except AlreadyExists as error:
-                    raise BlobCorrupt(
-                        f"the object key staged for {name} holds other bytes: delete that object and retry",
-                        metadata={"resource": str(name), "key": record.object_key},
-                    ) from error
-                await _UPLOADED.reached()
-                await self._store.verify(record.object_key, digest=name.digest, size_bytes=size_bytes)
+            if record.object_key != read_from:
+                await self._store_and_read_back(record, path)
             await _READ_BACK.reached()
             try:
                 verified = await self._catalog.verify_blob(name, record.object_key)
@@ -93,3 +88,16 @@ class BlobKeeper:
             await _VERIFIED.reached()
             return verified
         raise Aborted(f"{name} was staged anew {_MAX_STAGES} times while it was stored; retry")
+
+    async def _store_and_read_back(self, record: BlobRecord, path: Path) -> None:
+        name = record.name
+        with store_trouble():
+            try:
+                await self._store.put_file(record.object_key, path, digest=name.digest)
+            except AlreadyExists as error:
+                raise BlobCorrupt(
+                    f"the object key staged for {name} holds other bytes: delete that object and retry",
+                    metadata={"resource": str(name), "key": record.object_key},
+                ) from error
+            await _UPLOADED.reached()
+            await self._store.verify(record.object_key, digest=name.digest, size_bytes=record.size_bytes)

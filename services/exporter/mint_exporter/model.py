@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from mint_blobs import blob_prefix
 from mint_core.errors import InvalidArgument
 from mint_core.names import BlobName, PolicyName, RevisionName, RunName, check_digest
 from mint_core.signing import Signature
@@ -47,7 +48,7 @@ class SavedWeights:
         """Raise :class:`InvalidArgument` unless this can be a state of ``tenant``."""
         field = "training_state.weights"
         # Keys are believed only under the caller's own tenant: the store itself knows no tenants.
-        if not self.key.startswith(f"tenants/{tenant}/states/"):
+        if not self.key.startswith((f"tenants/{tenant}/states/", blob_prefix(tenant))):
             raise InvalidArgument(
                 f"{field}_key is {self.key[:120]!r}: expected the key of a training state of tenant {tenant}",
                 field=f"{field}_key",

@@ -19,7 +19,18 @@ from mint_core.names import BlobName, PolicyName
 from mint_core.signing import Signer
 from mint_core.threads import run_to_end
 from mint_exporter.keeping import BlobKeeper
-from mint_exporter.model import Catalog, Exported, Fence, Limits, Lineage, PolicyBase, Publication, Published, Timings
+from mint_exporter.model import (
+    Catalog,
+    Exported,
+    Fence,
+    Limits,
+    Lineage,
+    PolicyBase,
+    Publication,
+    Published,
+    SavedWeights,
+    Timings,
+)
 from mint_lora import AdapterConfig, PackedAdapter, pack
 
 __all__ = ["Publisher", "timed"]
@@ -52,16 +63,24 @@ class Publisher:
         request_id: str,
         *,
         fetch_ms: float,
+        fetched: SavedWeights | None = None,
     ) -> Exported:
         """Publish the adapter in ``source``; the blob is written beside it.
+
+        ``fetched`` says which object ``source`` is a checked copy of: one that is a packed blob already is not packed
+        again, nor stored again if it lies where the catalog wants it.
 
         Raises ``BaseModelMismatch``, ``InvalidArgument``, ``ResourceExhausted``, ``LeaseLost``, and the errors of
         ``BlobKeeper.keep`` and ``Catalog.publish``.
         """
         blob = source.with_name("packed")
-        packed, pack_ms = await timed(run_to_end(self._pack, source, blob, config, base))
+        digest = fetched.digest if fetched is not None else None
+        packed, pack_ms = await timed(run_to_end(self._pack, source, blob, config, base, digest))
         await _PACKED.reached()
-        published, upload_ms, publish_ms = await self._keep_and_publish(policy, packed, lineage, fence, request_id)
+        read_from = fetched.key if fetched is not None and packed.path == source else ""
+        published, upload_ms, publish_ms = await self._keep_and_publish(
+            policy, packed, lineage, fence, request_id, read_from
+        )
         await _PUBLISHED.reached()
         return Exported(published, Timings(fetch_ms, pack_ms, upload_ms, publish_ms))
 
@@ -73,14 +92,23 @@ class Publisher:
                 metadata={"resource": str(policy), "fence": str(fence.token)},
             )
 
-    def _pack(self, source: Path, blob: Path, config: AdapterConfig, base: PolicyBase) -> PackedAdapter:
+    def _pack(
+        self, source: Path, blob: Path, config: AdapterConfig, base: PolicyBase, source_digest: str | None
+    ) -> PackedAdapter:
         if config.base_digest != base.base_digest:
             raise BaseModelMismatch(
                 f"the weights were trained on base {config.base_model} ({config.base_digest}), the policy's base is "
                 f"{base.base_model} ({base.base_digest}): export them to a policy of their own base",
                 metadata={"adapter_base_digest": config.base_digest, "base_digest": base.base_digest},
             )
-        packed = pack(source, blob, config, max_size_bytes=self._limits.max_adapter_bytes)
+        packed = pack(
+            source,
+            blob,
+            config,
+            max_size_bytes=self._limits.max_adapter_bytes,
+            source_digest=source_digest,
+            durable=False,
+        )
         if packed.config.rank > self._limits.max_rank:
             raise ResourceExhausted(
                 f"the adapter has rank {packed.config.rank}, allowed is {self._limits.max_rank} (max_rank)"
@@ -88,7 +116,13 @@ class Publisher:
         return packed
 
     async def _keep_and_publish(
-        self, policy: PolicyName, packed: PackedAdapter, lineage: Lineage, fence: Fence | None, request_id: str
+        self,
+        policy: PolicyName,
+        packed: PackedAdapter,
+        lineage: Lineage,
+        fence: Fence | None,
+        request_id: str,
+        read_from: str,
     ) -> tuple[Published, float, float]:
         name, config = BlobName(policy.tenant, packed.digest), packed.config
         signature = self._signer.sign(policy.tenant, packed.digest, config.base_digest) if self._signer else None
@@ -99,7 +133,7 @@ class Publisher:
             # which answers what it published even after the lease was given back.
             await self.require_lease(policy, fence)
         for attempt in range(1, _MAX_PUBLICATIONS + 1):
-            _, upload_ms = await timed(self._keeper.keep(name, packed.path, packed.size_bytes))
+            _, upload_ms = await timed(self._keeper.keep(name, packed.path, packed.size_bytes, read_from=read_from))
             try:
                 published, publish_ms = await timed(self._catalog.publish(policy, publication, fence, request_id))
             except BlobMissing:

@@ -86,6 +86,6 @@ class Reader:
     async def _fetch(self, revision: RevisionBlob, path: Path) -> Path:
         with store_trouble(), verified_bytes(revision.digest):
             await self._store.get_file(
-                revision.object_key, path, digest=revision.digest, size_bytes=revision.size_bytes
+                revision.object_key, path, digest=revision.digest, size_bytes=revision.size_bytes, durable=False
             )
         return path

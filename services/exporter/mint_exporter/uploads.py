@@ -144,7 +144,9 @@ class Uploads:
         async with await self._scratch.room(record.size_bytes) as folder:
             path = folder / "download"
             with store_trouble(), verified_bytes(name.digest):
-                await self._store.get_file(record.object_key, path, digest=name.digest, size_bytes=record.size_bytes)
+                await self._store.get_file(
+                    record.object_key, path, digest=name.digest, size_bytes=record.size_bytes, durable=False
+                )
             with FileIO(path, "rb") as file:
                 offset = 0
                 while data := await run_to_end(file.read, MAX_CHUNK_BYTES):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import uvloop
+
 from mint_core.config import load_or_exit
 from mint_core.server import run
 from mint_inference.app import inference
@@ -12,7 +14,7 @@ __all__ = ["main"]
 
 def main() -> None:
     settings = load_or_exit(InferenceSettings)
-    run("inference", settings, lambda: inference(settings))
+    run("inference", settings, lambda: inference(settings), loop_factory=uvloop.new_event_loop)
 
 
 if __name__ == "__main__":

@@ -66,6 +66,7 @@ async def inference(settings: InferenceSettings) -> AsyncIterator[Services]:
                 silence_s=settings.silence_s,
                 gone_silence_s=settings.gone_silence_s,
                 start_s=settings.start_timeout_s,
+                load_s=settings.load_timeout_s,
                 place_wait_s=settings.place_wait_s,
             ),
             meter,

@@ -178,7 +178,7 @@ class LoaderClients:
         self._timeout_s = timeout_s
         self._priority = priority
 
-    async def ensure(self, replica: Replica, tenant: str, resolution: Resolution) -> None:
+    async def ensure(self, replica: Replica, tenant: str, resolution: Resolution) -> bool:
         if not replica.loader_address:
             raise Unavailable(
                 f"{replica.name} lacks adapter {resolution.digest} and has no loader beside it; start one and name "
@@ -199,7 +199,9 @@ class LoaderClients:
             revision=resolution.revision,
         )
         with self._channels.using(replica.loader_address) as channel:
-            await call(loader_grpc.LoaderServiceStub(channel).EnsureLoaded, request, timeout_s=self._timeout_s)
+            method = loader_grpc.LoaderServiceStub(channel).EnsureLoaded
+            response: loader_pb.EnsureLoadedResponse = await call(method, request, timeout_s=self._timeout_s)
+        return response.found_at < loader_pb.TIER_HOST
 
 
 class UsageClient:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -71,6 +72,8 @@ class GenerationLimits:
     """The same of an engine whose registration has ended."""
     start_s: float = 10.0
     """Longest wait for an engine to accept a stream if another one can be asked instead."""
+    load_s: float = 120.0
+    """Longest load of an adapter."""
     place_wait_s: float = 10.0
     """How long a request waits for a place in an engine whose adapters are all in use."""
 
@@ -194,7 +197,9 @@ class Generation:
         resolution = await self._resolve(call, call.consistency)
         await RESOLVED.reached()
         excluded: set[str] = set()
+        unsure: set[str] = set()
         num_loads = 0
+        is_cold = False
         give_up = Deadline.after(self._limits.place_wait_s)
         failure: MintError | None = None
         is_rechecked = False
@@ -207,35 +212,43 @@ class Generation:
                 # The reason why the last replica could not is worth more than that there is no other.
                 await self._wait_for_place(failure, give_up)
                 excluded.clear()
+                unsure.clear()
                 failure = None
                 continue
+            # An engine that seems to lack the adapter is not asked; its loader finds out if that is wrong.
+            is_asked = replica.name in unsure or not self._router.lacks(replica, resolution.digest)
+            if is_asked:
+                try:
+                    async with AsyncExitStack() as attempt:
+                        attempt.enter_context(self._router.using(replica, resolution.digest))
+                        answer = await _asked(ask(attempt, replica, call, resolution.digest), replica)
+                        self._note_answered(replica, call, resolution, answer)
+                        stack.push_async_callback(attempt.pop_all().aclose)
+                        return _Answered(replica, resolution, is_cold, answer)
+                except AdapterNotResident:
+                    self._router.note_absent(replica, resolution.digest)
+                except (Unavailable, ResourceExhausted) as error:
+                    if isinstance(error, Unavailable):
+                        self._router.note_failed(replica)
+                    failure = _weightier(failure, error)
+                    excluded.add(replica.name)
+                    continue
+                if replica.name in unsure:
+                    excluded.add(replica.name)
+                    continue
+            if not resolution.digest or num_loads >= self._limits.max_loads:
+                raise Unavailable(
+                    f"adapter {resolution.digest} was loaded {num_loads} times and pushed out of {replica.name} "
+                    "before it could be used; retry, or give the engine more places",
+                    metadata={"digest": resolution.digest},
+                )
             try:
-                async with AsyncExitStack() as attempt:
-                    attempt.enter_context(self._router.using(replica, resolution.digest))
-                    answer = await _asked(ask(attempt, replica, call, resolution.digest), replica)
-                    self._note_answered(replica, call, resolution, answer)
-                    stack.push_async_callback(attempt.pop_all().aclose)
-                    return _Answered(replica, resolution, num_loads > 0, answer)
-            except AdapterNotResident:
-                self._router.note_absent(replica, resolution.digest)
-                if not resolution.digest or num_loads >= self._limits.max_loads:
-                    raise Unavailable(
-                        f"adapter {resolution.digest} was loaded {num_loads} times and pushed out of {replica.name} "
-                        "before it could be used; retry, or give the engine more places",
-                        metadata={"digest": resolution.digest},
-                    ) from None
-            except (Unavailable, ResourceExhausted) as error:
-                if isinstance(error, Unavailable):
-                    self._router.note_failed(replica)
-                failure = _weightier(failure, error)
-                excluded.add(replica.name)
-                continue
-            try:
-                await self._load(replica, call, resolution)
+                is_cold |= await self._load(replica, call, resolution)
                 num_loads += 1
             except (Unavailable, ResourceExhausted) as error:
                 failure = _weightier(failure, error)
-                excluded.add(replica.name)
+                # The engine may hold it all the same: without its loader it serves what it has.
+                (excluded if is_asked else unsure).add(replica.name)
             except NotFound as gone:
                 # A revision may have been deleted under a cached answer; then the catalog knows better by now.
                 known, resolution = resolution, await self._resolve(call, Consistency(strong=True))
@@ -276,11 +289,33 @@ class Generation:
             digest = await self._catalog.base_digest(model, timeout_s=5.0)
         return Resolution(base_digest=digest, base_model=str(model))
 
-    async def _load(self, replica: Replica, call: Call, resolution: Resolution) -> None:
-        """Have the replica's loader bring the adapter, and tell its failures in the client's terms."""
+    async def _load(self, replica: Replica, call: Call, resolution: Resolution) -> bool:
+        """Have the replica's loader bring the adapter, and tell its failures in the client's terms; whether it had to
+        be loaded."""
+        patience = Patience(self._limits.load_s)
+
+        def shorten(limit_s: float) -> None:
+            if self._router.has_other(replica):
+                patience.shorten(limit_s)
+
+        # A busy machine is slow to answer others while it loads: that is no reason to give a load up at once.
+        on_gone = functools.partial(shorten, _SUSPECT_START_S)
+        on_suspect = functools.partial(shorten, self._limits.start_s)
         try:
-            with self._router.loading(replica, resolution.digest):
-                await self._loaders.ensure(replica, call.tenant, resolution)
+            with (
+                self._router.loading(replica, resolution.digest),
+                # It will be served there: who is placed meanwhile sees that.
+                self._router.using(replica, resolution.digest),
+                self._router.watching(replica, on_gone=on_gone, on_suspect=on_suspect),
+            ):
+                async with patience.waiting():
+                    return await self._loaders.ensure(replica, call.tenant, resolution)
+        except TimeoutError:
+            self._router.note_absent(replica, resolution.digest)
+            raise Unavailable(
+                f"the adapter of {resolution.revision} was not loaded by {replica.name} within "
+                f"{patience.limit_s:.3g} s; retry"
+            ) from None
         except InvalidArgument as error:
             self._router.note_absent(replica, resolution.digest)
             # The bytes are what was published, so this is no loss of data: they never fitted this base.

@@ -20,10 +20,16 @@ class Hints:
         self._held: dict[str, set[str]] = {}
         """Name → digests: the same the other way round."""
         self._loading: Counter[tuple[str, str]] = Counter()
+        self._told: set[str] = set()
+        """Names of those that said what they hold."""
 
     def holders(self, digest: str) -> Set[str]:
         """Names of those that hold it, or are about to."""
         return self._holders.get(digest, {}).keys()
+
+    def lacks(self, name: str, digest: str) -> bool:
+        """Whether it said what it holds, and the adapter was not among that nor noted since."""
+        return name in self._told and name not in self.holders(digest)
 
     @contextlib.contextmanager
     def loading(self, name: str, digest: str, now_s: float) -> Iterator[None]:
@@ -57,11 +63,13 @@ class Hints:
 
     def forget(self, name: str) -> None:
         """The replica is gone, or began anew and is empty."""
+        self._told.discard(name)
         for digest in list(self._held.get(name, ())):
             self.discard(name, digest)
 
     def replace(self, name: str, digests: Collection[str], asked_at_s: float) -> None:
         """What the replica itself says it holds. What was noted after it was asked stays, as do loads under way."""
+        self._told.add(name)
         held = set(digests)
         for digest in self._held.get(name, set()) - held:
             if self._holders[digest][name] < asked_at_s and not self._loading[name, digest]:

@@ -240,6 +240,6 @@ class Engines(Protocol):
 class Loaders(Protocol):
     """Loaders by replica. Raise the errors of ``LoaderService``."""
 
-    async def ensure(self, replica: Replica, tenant: str, resolution: Resolution) -> None:
-        """Return when the replica's engine holds the adapter."""
+    async def ensure(self, replica: Replica, tenant: str, resolution: Resolution) -> bool:
+        """Return when the replica's engine holds the adapter; whether it had to be loaded."""
         ...

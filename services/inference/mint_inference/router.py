@@ -152,6 +152,10 @@ class Router:
             if not watchers and self._watchers.get(replica.name) is watchers:
                 del self._watchers[replica.name]
 
+    def lacks(self, replica: Replica, digest: str) -> bool:
+        """Whether the replica, which answers, lacks the adapter as far as is known; it may have come a moment ago."""
+        return bool(digest) and not self.is_suspect(replica) and self._hints.lacks(replica.name, digest)
+
     def note_resident(self, replica: Replica, digest: str) -> None:
         """The replica holds the adapter."""
         self._hints.note(replica.name, digest, self._now_s())

@@ -15,9 +15,9 @@ __all__ = ["verify_adapter", "write_adapter"]
 
 def write_adapter(blob: Path, folder: Path, *, base_digest: str) -> None:
     """Check the blob and make ``folder`` of it; an :class:`~mint_loader.model.AdapterWriter`."""
-    validate_adapter(blob, expected_base_digest=base_digest, layout=LAYOUT_PACKED)
+    info = validate_adapter(blob, expected_base_digest=base_digest, layout=LAYOUT_PACKED)
     # The cache syncs the folder before it gives it its name; until then it is nobody's.
-    write_serving_folder(blob, folder, durable=False)
+    write_serving_folder(blob, folder, durable=False, config=info.config)
 
 
 def verify_adapter(folder: Path, digest: str) -> bool:

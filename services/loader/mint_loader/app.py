@@ -72,7 +72,7 @@ async def loader(settings: LoaderSettings) -> AsyncIterator[Services]:
             timeout_s=settings.ticket_timeout_s,
         )
         stack.push_async_callback(tickets.close)
-        wishes = Wishes(engine, tickets, poll_s=settings.wish_poll_s)
+        wishes = Wishes(loading.view, tickets, poll_s=settings.wish_poll_s)
         stack.push_async_callback(_stop, asyncio.create_task(wishes.run(), name="wishes"))
         catalog: CatalogClient | None = None
         if settings.catalog_address:

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import shutil
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
@@ -33,7 +32,7 @@ from typing import Any, Final, TypeVar
 
 from mint_core import clock, failpoints, log
 from mint_core.errors import ResourceExhausted
-from mint_loader.cache_folder import CacheFolder, Fingerprint, Workspace, disk_error
+from mint_loader.cache_folder import CacheFolder, Fingerprint, Workspace, disk_error, remove_folder
 from mint_loader.eviction import EvictionOrder, EvictionPolicy, Gdsf
 
 __all__ = ["CacheStatus", "DiskCache", "Workspace"]
@@ -219,9 +218,11 @@ class DiskCache:
             yield self._files.entry(digest)
 
     @contextlib.asynccontextmanager
-    async def filling(self, digest: str, size_bytes: int) -> AsyncIterator[Workspace]:
+    async def filling(
+        self, digest: str, size_bytes: int, make: Callable[[Workspace], None] | None = None
+    ) -> AsyncIterator[Workspace]:
         """A place to make the adapter's folder in; at the end of the block that is the entry, on an error nothing is
-        left.
+        left. What blocks is left to ``make``, which runs after the block in the thread that syncs and renames.
 
         Waits for room. Raises :class:`ResourceExhausted` if the adapter is larger than the cache or than what is not
         kept of it, or the disk is full.
@@ -236,27 +237,37 @@ class DiskCache:
         reservation = await self._reserve(needed)
         workspace = self._files.workspace(digest)
         try:
-            await asyncio.to_thread(workspace.folder.mkdir)
             yield workspace
-            size_bytes = await _to_the_end(asyncio.to_thread(self._files.seal, workspace.entry))
-            await SEALED.reached()
-            await _to_the_end(self._admit(workspace.entry, digest, size_bytes, reservation))
+            await _to_the_end(self._admit(workspace, make, digest, reservation))
         except BaseException as error:
-            await _to_the_end(asyncio.to_thread(shutil.rmtree, workspace.folder, ignore_errors=True))
+            await _to_the_end(asyncio.to_thread(workspace.clear))
             if isinstance(error, OSError):
-                told = disk_error(error, workspace.folder)
+                told = disk_error(error, workspace.entry)
                 self._num_full += isinstance(told, ResourceExhausted)
                 raise told from error
             self._num_full += isinstance(error, ResourceExhausted)
             raise
-        else:
-            self._remove(workspace.folder, 0)
         finally:
             self._release(reservation)
         await PUBLISHED.reached()
 
-    async def _admit(self, made: Path, digest: str, size_bytes: int, reservation: _Reservation) -> None:
-        fingerprint = await asyncio.to_thread(self._files.move_in, made, digest)
+    async def _admit(
+        self,
+        workspace: Workspace,
+        make: Callable[[Workspace], None] | None,
+        digest: str,
+        reservation: _Reservation,
+    ) -> None:
+        def publish() -> tuple[int, Fingerprint]:
+            if make is not None:
+                make(workspace)
+            workspace.blob.unlink(missing_ok=True)
+            size_bytes = self._files.seal(workspace.entry)
+            SEALED()
+            return size_bytes, self._files.move_in(workspace.entry, digest)
+
+        # One thread for all of it: each would cost a small adapter more than what is done in it.
+        size_bytes, fingerprint = await asyncio.to_thread(publish)
         if (replaced := self._entries.get(digest)) is not None:
             self._used_bytes -= replaced.size_bytes
         now_s = clock.wall_s()
@@ -345,8 +356,7 @@ class DiskCache:
 
     async def _make_room_on_disk(self, needed: int) -> None:
         """Evict for a disk that is smaller or fuller than the cache's bound says; as far as that goes."""
-        free_bytes = await asyncio.to_thread(self._files.free_bytes)
-        missing = needed + self._reserved_bytes - free_bytes
+        missing = needed + self._reserved_bytes - self._files.free_bytes()
         while missing > self._leaving_bytes and self._evict_one():
             pass
         if missing > 0 and self._chores:
@@ -384,7 +394,7 @@ class DiskCache:
         async def remove() -> None:
             if size_bytes:
                 await EVICTING.reached()
-            await asyncio.to_thread(shutil.rmtree, path, ignore_errors=True)
+            await asyncio.to_thread(remove_folder, path)
             self._leaving_bytes -= size_bytes
             self._forget_bytes(size_bytes)
 

@@ -22,7 +22,7 @@ from mint_core.errors import FailedPrecondition, Internal, MintError, ResourceEx
 from mint_core.files import atomic_file, fsync_dir, sweep_temp_files
 from mint_loader.eviction import Seen
 
-__all__ = ["CacheFolder", "Fingerprint", "Workspace", "disk_error"]
+__all__ = ["CacheFolder", "Fingerprint", "Workspace", "disk_error", "remove_folder"]
 
 Fingerprint = tuple[tuple[str, int, int, int], ...]
 """Name, inode, size and time of change of each file of an entry: whoever writes to a file changes it."""
@@ -40,18 +40,19 @@ _log = log.get_logger(__name__)
 class Workspace:
     """A private place to make one entry in."""
 
-    folder: Path
-    """For anything; removed at the end."""
+    entry: Path
+    """The folder to make: it becomes the entry."""
 
     @property
     def blob(self) -> Path:
-        """Where to put the blob."""
-        return self.folder / "blob"
+        """Where to put the blob; removed at the end."""
+        return self.entry.with_name(f"{self.entry.name}.blob")
 
-    @property
-    def entry(self) -> Path:
-        """The folder to make: it becomes the entry."""
-        return self.folder / "entry"
+    def clear(self) -> None:
+        """Remove what is left in it."""
+        with contextlib.suppress(OSError):
+            self.blob.unlink(missing_ok=True)
+        remove_folder(self.entry)
 
 
 class CacheFolder:
@@ -110,7 +111,7 @@ class CacheFolder:
         made.rename(self.entry(digest))
         fsync_dir(self.path)
         if aside is not None:
-            shutil.rmtree(aside, ignore_errors=True)
+            remove_folder(aside)
         return self.fingerprint(digest)
 
     def move_out(self, digest: str, *, to_quarantine: bool = False) -> Path | None:
@@ -183,6 +184,16 @@ class CacheFolder:
             raise FailedPrecondition(
                 f"cache_dir {self.path} is in use by another loader; give each loader a folder of its own"
             ) from None
+
+
+def remove_folder(path: Path) -> None:
+    """Remove an entry, or what somebody made of it; as far as that goes."""
+    try:
+        for file in path.iterdir():
+            file.unlink()
+        path.rmdir()
+    except OSError:  # not what we made: with all care, which costs several times as much
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def disk_error(error: OSError, path: Path) -> MintError:

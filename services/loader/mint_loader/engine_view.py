@@ -1,28 +1,35 @@
-"""Looking at the engine once for many: callers at one time share a question."""
+"""Looking at the engine once for many: callers at one time share a question, and the last answer is kept."""
 
 from __future__ import annotations
 
 import asyncio
 
-from mint_core import calls
-from mint_core.errors import Unavailable
+from mint_core import calls, clock
+from mint_core.errors import MintError, Unavailable
 from mint_loader.model import Engine, Resident
 
 __all__ = ["EngineView"]
 
 
 class EngineView:
-    """What the engine holds, never older than the question. At most one is under way, and one waits behind it."""
+    """What the engine holds. At most one question is under way, and one waits behind it."""
 
     def __init__(self, engine: Engine, *, timeout_s: float) -> None:
         self._engine = engine
         self._timeout_s = timeout_s
         self._asking: asyncio.Task[Resident] | None = None
         self._next: asyncio.Task[Resident] | None = None
+        self._last: Resident | None = None
+        """None if the engine did not answer the last time."""
+        self._last_asked_at_s = 0.0
+
+    def lately(self, within_s: float) -> Resident | None:
+        """What it held at most ``within_s`` ago, if that is known without asking."""
+        return self._last if clock.monotonic_s() - self._last_asked_at_s <= within_s else None
 
     async def resident(self) -> Resident:
-        """Raises what the engine raises. One that was asked before this call is not good enough: it may have loaded or
-        evicted since.
+        """What it holds now. Raises what the engine raises. A question that was asked before this call is not good
+        enough: the engine may have loaded or evicted since.
         """
         if self._next is None:
             self._next = asyncio.get_running_loop().create_task(self._ask(self._asking))
@@ -49,8 +56,15 @@ class EngineView:
             await asyncio.wait([before])
         # From here on newcomers are too late for this question.
         self._asking, self._next = self._next, None
-        with calls.inbound_call(calls.principal(), None):
-            return await self._engine.resident(timeout_s=self._timeout_s)
+        asked_at_s = clock.monotonic_s()
+        try:
+            with calls.inbound_call(calls.principal(), None):
+                answer = await self._engine.resident(timeout_s=self._timeout_s)
+        except MintError:
+            self._last = None
+            raise
+        self._last, self._last_asked_at_s = answer, asked_at_s
+        return answer
 
     def _ended(self, task: asyncio.Task[Resident]) -> None:
         if self._asking is task:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -19,7 +18,7 @@ from mint_core.errors import (
     ResourceExhausted,
     Unavailable,
 )
-from mint_loader.cache import DiskCache
+from mint_loader.cache import DiskCache, Workspace
 from mint_loader.engine_view import EngineView
 from mint_loader.gate import FairGate, GateLimits
 from mint_loader.model import AdapterRef, AdapterWriter, BlobSource, Engine, EngineLoad, Loaded, SignatureCheck, Tier
@@ -34,6 +33,7 @@ LOADED = failpoints.declare("loader.loaded", "the engine holds the adapter, nobo
 
 _COST_BYTES = 32 * 1024 * 1024
 _MAX_RETRY_S = 30.0
+_LATELY_S = 2.0
 _log = log.get_logger(__name__)
 
 
@@ -122,7 +122,7 @@ class Loading:
         # One engine loads one at a time: a second place lent would only move the queue into it, out of order.
         loads = dataclasses.replace(shared, num_places=limits.max_loads, slow_after_s=None)
         self.load_gate = FairGate(loads, what="loads into the engine")
-        self._view = EngineView(engine, timeout_s=limits.engine_timeout_s)
+        self.view = EngineView(engine, timeout_s=limits.engine_timeout_s)
         self.waits = Waits()
         self._num_waiting = 0
         self._num_loads = 0
@@ -135,7 +135,7 @@ class Loading:
         """Give up what is under way."""
         await self._loads.close()
         await self._fetches.close()
-        await self._view.close()
+        await self.view.close()
 
     @property
     def status(self) -> LoadingStatus:
@@ -232,8 +232,11 @@ class Loading:
 
     async def _load(self, flight: Flight[Loaded], ref: AdapterRef, *, into_slot: bool, pinned: bool) -> Loaded:
         if ref.digest not in self._cache:
-            # Before bytes move: does the engine want them?
-            resident = await self._view.resident()
+            # Before bytes move: does the engine want them? That it does is told well enough by what it held a moment
+            # ago, that it does not it must say now.
+            resident = self.view.lately(_LATELY_S)
+            if resident is None or resident.base_digest != ref.base_digest or ref.digest in resident.digests:
+                resident = await self.view.resident()
             if resident.base_digest != ref.base_digest:
                 raise BaseModelMismatch(
                     f"adapter {ref.digest} fits base {ref.base_digest}; the engine here holds {resident.base_digest}",
@@ -357,11 +360,15 @@ class Loading:
         return _Fetch(Tier.STORE, (clock.monotonic_s() - begun_s) * 1000, ref.size_bytes)
 
     async def _read_store(self, ref: AdapterRef) -> None:
-        async with self._cache.filling(ref.digest, ref.size_bytes) as workspace:
-            await self._store.get_file(ref.object_key, workspace.blob, digest=ref.digest, size_bytes=ref.size_bytes)
+        def make(workspace: Workspace) -> None:
+            self._write_adapter(workspace.blob, workspace.entry, base_digest=ref.base_digest)
+
+        async with self._cache.filling(ref.digest, ref.size_bytes, make) as workspace:
+            # The cache syncs the entry, which is the same file, before it counts.
+            await self._store.get_file(
+                ref.object_key, workspace.blob, digest=ref.digest, size_bytes=ref.size_bytes, durable=False
+            )
             await FETCHED.reached()
-            write = functools.partial(self._write_adapter, base_digest=ref.base_digest)
-            await asyncio.to_thread(write, workspace.blob, workspace.entry)
 
 
 def _cost(ref: AdapterRef) -> float:

@@ -132,7 +132,9 @@ class Engine(Protocol):
 class BlobSource(Protocol):
     """The reading half of :class:`mint_blobs.ObjectStore`."""
 
-    async def get_file(self, key: str, path: Path, *, digest: str, size_bytes: int | None = None) -> None: ...
+    async def get_file(
+        self, key: str, path: Path, *, digest: str, size_bytes: int | None = None, durable: bool = True
+    ) -> None: ...
 
 
 class AdapterWriter(Protocol):

@@ -10,20 +10,20 @@ import asyncio
 
 from mint_core import clock, log
 from mint_core.errors import MintError
-from mint_loader.model import Engine, Tier
+from mint_loader.engine_view import EngineView
+from mint_loader.model import Tier
 from mint_loader.tickets import Ticket, Tickets
 
 __all__ = ["Wishes"]
 
 _log = log.get_logger(__name__)
-_LOOK_TIMEOUT_S = 2.0
 _RETRY_S = 5.0
 
 
 class Wishes:
     """Submits tickets to the engine's host pool for what it is asked to hold and does not."""
 
-    def __init__(self, engine: Engine, tickets: Tickets, *, poll_s: float = 1.0, priority: int = 5) -> None:
+    def __init__(self, engine: EngineView, tickets: Tickets, *, poll_s: float = 1.0, priority: int = 5) -> None:
         self._engine = engine
         self._tickets = tickets
         self._poll_s = poll_s
@@ -42,7 +42,7 @@ class Wishes:
             await asyncio.sleep(self._poll_s)
 
     async def _look(self) -> None:
-        resident = await self._engine.resident(timeout_s=_LOOK_TIMEOUT_S)
+        resident = await self._engine.resident()
         wanted = {ref.digest: ref for ref in resident.to_load if ref.digest not in resident.digests}
         now_s = clock.monotonic_s()
         self._tried = {

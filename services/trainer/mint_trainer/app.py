@@ -12,19 +12,21 @@ from pathlib import Path
 import torch
 import transformers
 
+from mint_api.runtime.v1 import publish_service_pb2
 from mint_api.v1 import (
     common_pb2,
     session_service_pb2_grpc,
 )
 from mint_blobs.s3 import S3ObjectStore
 from mint_client.registered_base import check_registered_base
+from mint_client.runtime import WorkClient
 from mint_core import clock, log
-from mint_core.names import BaseModelName
+from mint_core.names import BaseModelName, BlobName
 from mint_core.server import Binding, Services
 from mint_trainer.base import ResidentBase
 from mint_trainer.batch import BatchLimits
 from mint_trainer.service import SessionServicer
-from mint_trainer.sessions import SessionLimits, Sessions
+from mint_trainer.sessions import SessionLimits, Sessions, StageBlob, StagedBlob
 from mint_trainer.settings import TrainerSettings
 from mint_trainer.worker import Ticket, TorchThread
 
@@ -64,6 +66,9 @@ async def build(settings: TrainerSettings) -> AsyncIterator[Services]:
         store = await stack.enter_async_context(S3ObjectStore(settings.object_store))
         await store.ensure_bucket()
         scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="mint-trainer-", dir=settings.scratch_path))
+        stage_blob = None
+        if settings.catalog_runtime_address:
+            stage_blob = _staging(await stack.enter_async_context(WorkClient(settings.catalog_runtime_address)))
         sessions = Sessions(
             base,
             store,
@@ -82,6 +87,7 @@ async def build(settings: TrainerSettings) -> AsyncIterator[Services]:
                 num_kept_results=settings.num_kept_results,
             ),
             Path(scratch),
+            stage_blob,
         )
         stack.callback(thread.close)  # a step that still runs may need scratch and store
         sweeper = asyncio.ensure_future(_sweep(sessions, settings.session_ttl_s))
@@ -101,6 +107,14 @@ async def build(settings: TrainerSettings) -> AsyncIterator[Services]:
                 )
             ]
         )
+
+
+def _staging(work: WorkClient) -> StageBlob:
+    async def stage(name: BlobName, size_bytes: int) -> StagedBlob:
+        record = await work.stage_blob(str(name), size_bytes)
+        return StagedBlob(record.object_key, record.state == publish_service_pb2.BLOB_STATE_VERIFIED)
+
+    return stage
 
 
 async def _sweep(sessions: Sessions, ttl_s: float) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import tempfile
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from mint_core.errors import (
     ResourceExhausted,
     Unavailable,
 )
-from mint_core.names import PolicyName, SessionName
+from mint_core.names import BlobName, PolicyName, SessionName
 from mint_trainer.adapters import ResidentAdapters
 from mint_trainer.base import ResidentBase
 from mint_trainer.batch import BatchLimits, Datum
@@ -38,7 +38,7 @@ from mint_trainer.session import StepResult, TrainingSession
 from mint_trainer.state import SavedState, StateReader, write_for_export, write_state
 from mint_trainer.worker import Ticket, TorchThread
 
-__all__ = ["SessionLimits", "SessionView", "Sessions"]
+__all__ = ["SessionLimits", "SessionView", "Sessions", "StageBlob", "StagedBlob"]
 
 _log = log.get_logger(__name__)
 _STEP_COMPUTED = failpoints.declare("trainer.step_computed", "a step changed the session, its caller does not know yet")
@@ -92,6 +92,19 @@ class _Entry:
     closed: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class StagedBlob:
+    """Where the catalog wants the bytes of a blob."""
+
+    object_key: str
+    is_verified: bool
+    """They are there already."""
+
+
+StageBlob = Callable[[BlobName, int], Awaitable[StagedBlob]]
+"""Asks the catalog for the object key of a blob of so many bytes."""
+
+
 class Sessions:
     """The process's sessions. Every coroutine may be cancelled at any await without harm."""
 
@@ -103,8 +116,11 @@ class Sessions:
         batch_limits: BatchLimits,
         limits: SessionLimits,
         scratch: Path,
+        stage_blob: StageBlob | None = None,
     ) -> None:
+        """With ``stage_blob``, what is saved for an export is stored where the blob is served from."""
         self.base = base
+        self._stage_blob = stage_blob
         self._store = store
         self._thread = thread
         self._batch_limits = batch_limits
@@ -285,7 +301,8 @@ class Sessions:
     ) -> SavedState:
         """Store weights, optimizer and newest step results under the keys of (policy, ``run_id``, step, ``fence``).
 
-        With ``for_export`` only the weights, in the base's compute type: nothing can be resumed from them.
+        With ``for_export`` only the weights, in the base's compute type: nothing can be resumed from them. They go to
+        the object key that the catalog has for a blob of these bytes, so that they need not be stored again.
 
         Raises :class:`AlreadyExists` if those keys hold another state and :class:`Unavailable` if the store is away.
         """
@@ -317,12 +334,17 @@ class Sessions:
         )
 
     async def _save_for_export(self, run: str, run_id: str, fence: int, entry: _Entry, ticket: Ticket) -> SavedState:
-        key = state_keys(entry.policy, run_id, entry.session.step, fence).export
+        step = entry.session.step
         with tempfile.TemporaryDirectory(dir=self._scratch) as folder:
             path = Path(folder) / "weights.safetensors"
             weights = await self._thread.run(partial(write_for_export, entry.session, path), ticket)
-            await self._store.put_file(key, path, digest=weights.digest)
-        return SavedState(run=run, step=entry.session.step, fence=fence, weights_key=key, weights=weights)
+            if self._stage_blob is None:
+                staged = StagedBlob(state_keys(entry.policy, run_id, step, fence).export, is_verified=False)
+            else:
+                staged = await self._stage_blob(BlobName(entry.policy.tenant, weights.digest), weights.size_bytes)
+            if not staged.is_verified:
+                await self._store.put_file(staged.object_key, path, digest=weights.digest)
+        return SavedState(run=run, step=step, fence=fence, weights_key=staged.object_key, weights=weights)
 
     async def load_state(self, name: SessionName, saved: SavedState, *, weights_only: bool) -> SessionView:
         """Replace weights, optimizer, random state and step; the session's seq goes on as it was.

@@ -28,6 +28,10 @@ class TrainerSettings(ServiceSettings):
     catalog_address: str
     """host:port or unix:PATH of the catalog, asked once at start for the base model's digest."""
 
+    catalog_runtime_address: str = ""
+    """host:port or unix:PATH of the catalog's services for our own processes: weights saved for an export are stored
+    as the blob that is served. Empty stores them among the states, and the exporter stores them once more."""
+
     catalog_timeout_s: float = Field(default=60.0, gt=0)
     """How long to wait at start for a catalog that is not there yet."""
 

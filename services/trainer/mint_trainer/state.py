@@ -18,7 +18,15 @@ import torch
 
 from mint_core.errors import BaseModelMismatch, BlobCorrupt, InvalidArgument, WrongState
 from mint_core.names import check_digest
-from mint_lora import LAYOUT_PEFT, AdapterConfig, TensorFile, TensorSource, write_safetensors
+from mint_lora import (
+    LAYOUT_PACKED,
+    LAYOUT_PEFT,
+    AdapterConfig,
+    TensorFile,
+    TensorSource,
+    is_packed_name,
+    write_safetensors,
+)
 from mint_trainer.ledger import LedgerContents
 from mint_trainer.optimizer import AdamW
 from mint_trainer.recipe import AdapterRecipe
@@ -82,12 +90,16 @@ class StateFiles:
 
 
 def write_state(session: TrainingSession, ledger: LedgerContents, folder: Path) -> StateFiles:
-    """Write both files into ``folder``; the same state and steps give the same bytes in any process."""
+    """Write both files into ``folder``; the same state and steps give the same bytes in any process.
+
+    They are on their way to the object store and not synced.
+    """
     weights_path, optimizer_path = folder / "weights.safetensors", folder / "optimizer.safetensors"
     weights = write_safetensors(
         weights_path,
         {name: parameter.detach().numpy() for name, parameter in session.adapter.parameters.items()},
         _config_of(session).to_metadata(),
+        durable=False,
     )
     optimizer = session.optimizer
     tensors = {"rng_state": session.rng_state, "num_updates": torch.stack(list(optimizer.num_updates.values()))}
@@ -107,6 +119,7 @@ def write_state(session: TrainingSession, ledger: LedgerContents, folder: Path) 
         optimizer_path,
         {name: tensor.numpy() for name, tensor in tensors.items()} | ledger_tensors(ledger),
         {METADATA_KEY: json.dumps(document, sort_keys=True, separators=(",", ":"))},
+        durable=False,
     )
     return StateFiles(
         weights_path,
@@ -117,10 +130,15 @@ def write_state(session: TrainingSession, ledger: LedgerContents, folder: Path) 
 
 
 def write_for_export(session: TrainingSession, path: Path) -> Blob:
-    """Write the weights alone, in the base's compute type, which is what an engine of that type computes with."""
+    """Write the weights alone, in the base's compute type, which is what an engine of that type computes with.
+
+    Where all names are those of the packed layout, the file is the blob that an export publishes, byte for byte. It is
+    not synced.
+    """
     dtype = session.base.dtype
-    config = replace(_config_of(session), dtype=dtype)
     parameters = {name: parameter.detach() for name, parameter in session.adapter.parameters.items()}
+    layout = LAYOUT_PACKED if all(map(is_packed_name, parameters)) else LAYOUT_PEFT
+    config = replace(_config_of(session), dtype=dtype).with_layout(layout)
     if dtype == "float32":
         tensors = {name: TensorSource.of(values.numpy()) for name, values in parameters.items()}
     else:
@@ -129,7 +147,7 @@ def write_for_export(session: TrainingSession, path: Path) -> Blob:
             name: TensorSource.of(values.to(torch.bfloat16).view(torch.uint16).numpy(), "BF16")
             for name, values in parameters.items()
         }
-    weights = write_safetensors(path, tensors, config.to_metadata())
+    weights = write_safetensors(path, tensors, config.to_metadata(), durable=False)
     return Blob(weights.digest, weights.size_bytes)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from mint_core.errors import FailedPrecondition, InvalidArgument
@@ -222,18 +223,42 @@ def test_pool_without_a_map_is_left_to_sglang() -> None:
 
 
 def test_adapter_in_another_layout_and_a_switched_off_hook_take_sglangs_way(tmp_path: Path) -> None:
-    manager = SimpleNamespace(memory_pool=SimpleNamespace(), loras={})
+    manager = SimpleNamespace(memory_pool=SimpleNamespace(), loras={}, dtype=torch.float32)
     reference = SimpleNamespace(lora_path=str(tmp_path), lora_name="per expert", lora_id="1")
+    loaded = SimpleNamespace(layers=[SimpleNamespace(weights={"q_proj.lora_B.weight": torch.ones(4, 2)})])
     asked: list[Any] = []
-    around_load_lora_weights(lambda _, ref: asked.append(ref), manager, reference)
+
+    def load(manager: Any, ref: Any) -> None:
+        asked.append(ref)
+        manager.loras[ref.lora_id] = loaded
+
+    around_load_lora_weights(load, manager, reference)
     set_fast_upload(enabled=False)
     try:
-        around_load_lora_weights(lambda _, ref: asked.append(ref), manager, reference)
+        around_load_lora_weights(load, manager, reference)
     finally:
         set_fast_upload(enabled=True)
     assert asked == [reference, reference]
+    assert manager.loras == {"1": loaded}
+    assert plan_of(loaded) is None
+
+
+@pytest.mark.parametrize("by_hook", [True, False])
+def test_numbers_that_the_slots_cannot_hold_are_refused(tmp_path: Path, *, by_hook: bool) -> None:
+    manager = SimpleNamespace(memory_pool=SimpleNamespace(), loras={}, dtype=torch.float16)
+    reference = SimpleNamespace(lora_path=str(tmp_path), lora_name="large", lora_id="1")
+    weights = {"base_model.model.model.layers.0.self_attn.o_proj.lora_B.weight": torch.full((4, 2), -7e4)}
+    if by_hook:
+        save_file(weights, tmp_path / "adapter_model.safetensors")
+        (tmp_path / "adapter_config.json").write_text("{}")
+
+    def load(manager: Any, ref: Any) -> None:
+        assert not by_hook
+        manager.loras[ref.lora_id] = SimpleNamespace(layers=[SimpleNamespace(weights=weights)])
+
+    with pytest.raises(InvalidArgument, match=r"o_proj\.lora_B\.weight holds 70000.*float16.*65504"):
+        around_load_lora_weights(load, manager, reference)
     assert manager.loras == {}
-    assert plan_of(None) is None
 
 
 def test_check_at_start_accepts_the_upload_and_names_a_planted_bug(

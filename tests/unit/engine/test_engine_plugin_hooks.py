@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from mint_core.errors import FailedPrecondition
-from mint_engine.sglang_plugin import hooks, import_gaps, launch, version
+from mint_engine.sglang_plugin import hooks, import_gaps, launch, quiet_loads, version
 from mint_engine.sglang_plugin.residency_guard import before_prepare_lora_batch
 from mint_engine.sglang_plugin.slot_prefetch import INTO_SLOT, after_load_lora_adapter
 
@@ -162,3 +162,16 @@ def test_misfit_undoes_the_load() -> None:
     assert not result.success
     assert "does not fit" in result.error_message
     assert manager.unloaded == ["n"]
+
+
+def test_loads_and_unloads_skip_the_lines_and_keep_the_results() -> None:
+    class Unnamed:
+        def __str__(self) -> str:
+            pytest.fail("the reference was written out for a log")
+
+    manager = SimpleNamespace(
+        _load_lora_adapter=lambda ref: ("loaded", ref), _unload_lora_adapter=lambda ref: ("unloaded", ref)
+    )
+    ref = Unnamed()
+    assert quiet_loads.load_lora_adapter(manager, ref) == ("loaded", ref)
+    assert quiet_loads.unload_lora_adapter(manager, ref) == ("unloaded", ref)

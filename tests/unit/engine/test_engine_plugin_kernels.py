@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import silu
 
 from mint_engine.sglang_plugin.expert_lora import forward_with_lora
-from mint_engine.sglang_plugin.lora_ops import sgemm_lora_a_fwd, sgemm_lora_b_fwd
+from mint_engine.sglang_plugin.lora_ops import after_init_buffers, sgemm_lora_a_fwd, sgemm_lora_b_fwd
 from mint_engine.sglang_plugin.seeded_sampling import (
     after_from_schedule_batch,
     multinomial_with_seed,
@@ -85,6 +85,11 @@ def segments(lengths: list[int]) -> list[slice]:
         ([0, 1, 2], [3, 1, 4], [2, 4, 0]),
         ([0, 1, 2, 1], [1, 1, 1, 1], [4, 4, 0]),
         ([0, 1, 2, 1], [1, 1, 1, 1], [4, 2, 0]),
+        ([0, 2, 0], [1, 2, 3], [3, 4, 0]),
+        ([1, 0], [1, 7], [4, 2, 0]),
+        ([1, 0], [1, 8], [4, 2, 0]),
+        ([0, 1], [1, 1], [1, 2, 4, 4, 4, 4, 4]),
+        ([3, 5, 3], [1, 1, 2], [4, 4, 4, 4, 4, 4, 4]),
         ([2, 2], [2, 3], [4, 4, 0]),
         ([1], [1], [4, 3, 0]),
     ],
@@ -92,11 +97,12 @@ def segments(lengths: list[int]) -> list[slice]:
 def test_batched_lora_equals_one_product_per_segment(slots: list[int], lengths: list[int], ranks: list[int]) -> None:
     generator = torch.Generator().manual_seed(1)
     max_rank, num_slices, features, offsets = 4, 3, 6, [0, 5, 7, 12]
-    a = torch.randn(3, num_slices * max_rank, features, generator=generator)
-    b = torch.randn(3, offsets[-1], max_rank, generator=generator)
+    num_slots = len(ranks)
+    a = torch.randn(num_slots, num_slices * max_rank, features, generator=generator)
+    b = torch.randn(num_slots, offsets[-1], max_rank, generator=generator)
     inputs = torch.randn(sum(lengths), features, generator=generator)
     base = torch.randn(sum(lengths), offsets[-1], generator=generator)
-    scalings = torch.tensor([0.5, 2.0, 0.0])
+    scalings = torch.tensor([0.5, 2.0, 0.0, 1.5, 3.0, 0.25, 1.0])[:num_slots]
     expected = base.clone()
     for slot, rows in zip(slots, segments(lengths), strict=True):
         rank = ranks[slot]
@@ -112,6 +118,29 @@ def test_batched_lora_equals_one_product_per_segment(slots: list[int], lengths: 
     for slot, rows in zip(slots, segments(lengths), strict=True):
         if ranks[slot] == 0:
             assert torch.equal(result[rows], base[rows])
+
+
+def test_a_slot_that_overflows_harms_no_other() -> None:
+    """A·x of one adapter may be infinite; the rows of the others, and those of the base, do not see it."""
+    a, b = torch.ones(3, 2, 3), torch.ones(3, 5, 2)
+    a[1] = 3e38
+    tensors = (torch.tensor([0, 1, 2]), torch.tensor([1, 1, 1]), torch.tensor([2, 2, 0]))
+    reduced = sgemm_lora_a_fwd(torch.ones(3, 3), a, *tensors, torch.ones(3))
+    result = sgemm_lora_b_fwd(reduced, b, *tensors, torch.tensor([0, 5]))
+    assert torch.equal(result[0], torch.full((5,), 6.0))
+    assert not torch.isfinite(result[1]).any()
+    assert torch.equal(result[2], torch.zeros(5))
+
+
+def test_b_buffers_keep_their_shape_and_have_contiguous_transposes() -> None:
+    experts = torch.zeros(2, 4, 5, 3)
+    pool = SimpleNamespace(B_buffer={"o_proj": [torch.zeros(2, 5, 3)], "down_proj_moe": [experts]})
+    after_init_buffers(None, pool, None)
+    (buffer,) = pool.B_buffer["o_proj"]
+    assert buffer.shape == (2, 5, 3)
+    assert buffer.transpose(1, 2).is_contiguous()
+    assert not buffer.any()
+    assert pool.B_buffer["down_proj_moe"][0] is experts
 
 
 def test_empty_slots_give_empty_products() -> None:

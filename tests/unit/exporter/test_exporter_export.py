@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import pickle
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ from mint_core.names import PolicyName
 from mint_exporter.model import Fence, Lineage, SavedWeights
 from mint_lora import LAYOUT_PACKED, validate_adapter
 from support.adapters import BASE_DIGEST, delta_weights
-from support.exporting import MIB, POLICY, RUN, Bench, exporter_bench
+from support.exporting import FENCE, MIB, POLICY, RUN, Bench, exporter_bench
 
 POINTS = sorted(
     each.name
@@ -65,6 +66,69 @@ async def test_a_state_becomes_a_revision(bench: Bench, tmp_path: Path) -> None:
     assert all((ours[module] == theirs[module]).all() for module in theirs)
     timings = exported.timings
     assert min(timings.fetch_ms, timings.pack_ms, timings.upload_ms, timings.publish_ms) > 0
+    bench.assert_sound()
+
+
+async def test_a_blob_that_the_trainer_stored_is_not_stored_again(bench: Bench) -> None:
+    weights = await bench.save_for_export()
+    publication = (await bench.export(weights)).published.revision.publication
+    assert publication.blob.digest == weights.digest
+    assert publication.num_tensors == 2 * 14
+    assert bench.catalog.blobs[publication.blob].object_key == weights.key
+    assert list(bench.store._objects) == [weights.key]
+    assert (await bench.export(weights)).published.revision.number == 1
+    bench.assert_sound()
+    other = await bench.save()
+    same = await bench.exporter.export(POLICY, other, FENCE, Lineage(run=RUN.run, step=21), "")
+    assert same.published.revision.publication.blob == publication.blob
+
+
+async def test_a_blob_that_the_trainer_stored_elsewhere_is_stored_once_more(bench: Bench, tmp_path: Path) -> None:
+    weights = await bench.save_for_export()
+    await bench.store.get_file(weights.key, tmp_path / "state", digest=weights.digest)
+    elsewhere = SavedWeights(
+        "tenants/acme/states/support/r1/00000001-7/export.safetensors", weights.digest, weights.size_bytes
+    )
+    await bench.store.put_file(elsewhere.key, tmp_path / "state", digest=weights.digest)
+    await bench.store.delete(weights.key)
+    assert (await bench.export(elsewhere)).published.revision.publication.blob.digest == weights.digest
+    assert sorted(bench.store._objects) == sorted([elsewhere.key, weights.key])
+    bench.assert_sound()
+
+
+async def test_a_blob_condemned_after_it_was_read_is_staged_and_stored_anew(bench: Bench) -> None:
+    weights = await bench.save_for_export()
+    bench.catalog.num_condemnations = 1
+    publication = (await bench.export(weights)).published.revision.publication
+    assert publication.blob.digest == weights.digest
+    assert bench.catalog.blobs[publication.blob].object_key != weights.key
+    bench.assert_sound()
+
+
+async def test_a_blob_that_the_trainer_stored_badly_is_not_published(bench: Bench) -> None:
+    weights = await bench.save_for_export()
+    stored = bench.store._objects[weights.key]
+    bench.store._objects[weights.key] = replace(stored, data=stored.data[:-1] + bytes([stored.data[-1] ^ 1]))
+    with pytest.raises(BlobCorrupt):
+        await bench.export(weights)
+    assert bench.revisions == []
+    assert not any(record.is_verified for record in bench.catalog.blobs.values())
+    bench.assert_sound()
+
+
+@pytest.mark.parametrize("point", sorted({*POINTS} - {"exporter.uploaded"}))
+async def test_of_a_blob_the_trainer_stored_broken_off_anywhere_and_repeated(bench: Bench, point: str) -> None:
+    weights = await bench.save_for_export()
+    armed = next(each for each in failpoints.declared() if each.name == point)
+    armed.arm("error")
+    with pytest.raises(Unavailable, match=point):
+        await bench.export(weights)
+    assert len(bench.revisions) == (1 if point == "exporter.published" else 0)
+    bench.assert_sound()
+    armed.disarm()
+    assert (await bench.export(weights)).published.revision.number == 1
+    assert (len(bench.revisions), bench.catalog.num_stagings) == (1, 1)
+    assert list(bench.store._objects) == [weights.key]
     bench.assert_sound()
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from mint_core import calls
+from mint_core import calls, clock
 from mint_core.errors import (
     AdapterNotResident,
     BaseModelMismatch,
@@ -151,17 +151,24 @@ class FakeLoaders:
     def __init__(self, engines: FakeEngines) -> None:
         self.engines = engines
         self.loaded: list[tuple[str, str, str]] = []
+        self.go = asyncio.Event()
+        self.go.set()
         self.error: MintError | None = None
         self.num_lost_loads = 0
 
-    async def ensure(self, replica: Replica, tenant: str, resolution: Resolution) -> None:
+    async def ensure(self, replica: Replica, tenant: str, resolution: Resolution) -> bool:
         self.loaded.append((replica.name, tenant, resolution.digest))
+        await self.go.wait()
         if self.error is not None:
             raise self.error
+        residents = self.engines.residents.setdefault(replica.name, set())
+        if resolution.digest in residents:
+            return False
         if self.num_lost_loads:
             self.num_lost_loads -= 1  # another adapter pushed it out at once
-            return
-        self.engines.residents.setdefault(replica.name, set()).add(resolution.digest)
+        else:
+            residents.add(resolution.digest)
+        return True
 
 
 def a_replica(name: str = "one", base: str = BASE, state: ReplicaState = ReplicaState.READY) -> Replica:
@@ -230,6 +237,65 @@ async def test_a_resident_adapter_costs_one_engine_call_and_nothing_else(at: Set
     assert tuple(header.prompt_token_ids) == (1, 2)
     assert chunks == TEXT
     assert (at.catalog.num_asked, at.engines.num_asked, at.loaders.loaded) == (0, 1, [])
+
+
+def says(at: Setting, replica: Replica, *digests: str) -> None:
+    """The replica says what it holds, as of now."""
+    at.router.note_residency(replica, Residency(frozenset(digests), 0), clock.monotonic_s())
+
+
+async def test_an_engine_that_said_it_lacks_the_adapter_is_asked_once_its_loader_brought_it(at: Setting) -> None:
+    says(at, at.catalog.replicas[0], "sha256:2")
+    header = (await at.generate())[0]
+    assert isinstance(header, Header)
+    assert header.cold
+    assert (at.engines.num_asked, len(at.loaders.loaded)) == (1, 1)
+
+
+async def test_an_adapter_that_came_since_the_engine_said_what_it_holds_is_not_cold(at: Setting) -> None:
+    says(at, at.catalog.replicas[0])
+    at.engines.residents["engineReplicas/one"] = {"sha256:1"}
+    header = (await at.generate())[0]
+    assert isinstance(header, Header)
+    assert not header.cold
+    assert (at.engines.num_asked, len(at.loaders.loaded)) == (1, 1)
+
+
+async def test_what_the_engine_holds_is_served_without_its_loader_whatever_was_believed(at: Setting) -> None:
+    says(at, at.catalog.replicas[0])
+    at.loaders.error = Unavailable("the loader is away")
+    _, error = await at.failure()
+    assert error is at.loaders.error
+    assert (at.engines.num_asked, len(at.loaders.loaded)) == (1, 1)
+    at.engines.residents["engineReplicas/one"] = {"sha256:1"}
+    assert len(await at.generate()) == 1 + len(TEXT)
+
+
+async def test_an_adapter_pushed_out_again_and_again_is_given_up_though_the_engine_says_so(at: Setting) -> None:
+    at.loaders.num_lost_loads = 100
+    says(at, at.catalog.replicas[0])
+    _, error = await at.failure()
+    assert "was loaded 4 times and pushed out" in error.message
+
+
+async def test_a_load_at_a_replica_that_stops_answering_is_taken_elsewhere() -> None:
+    at = Setting(GenerationLimits(start_s=0.05))
+    at.catalog.replicas = [a_replica("one"), a_replica("two")]
+    await at.start()
+    await until(lambda: len(at.router.replicas) == 2)
+    for replica in at.catalog.replicas:
+        says(at, replica)
+    at.loaders.go.clear()
+    request = asyncio.ensure_future(at.generate())
+    await until(lambda: at.loaders.loaded)
+    hung = at.loaders.loaded[0][0]
+    at.router.note_failed(next(each for each in at.catalog.replicas if each.name == hung))
+    await until(lambda: len(at.loaders.loaded) == 2)
+    at.loaders.go.set()
+    header = (await request)[0]
+    assert isinstance(header, Header)
+    assert header.replica != hung
+    await at.stop()
 
 
 async def test_a_cold_adapter_is_loaded_first_and_the_header_says_so(at: Setting) -> None:

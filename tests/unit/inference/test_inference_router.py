@@ -255,11 +255,12 @@ class GatedLoaders:
         self.asked: list[tuple[str, str]] = []
         self.error: MintError | None = None
 
-    async def ensure(self, replica: Replica, tenant: str, resolution: Resolution) -> None:
+    async def ensure(self, replica: Replica, tenant: str, resolution: Resolution) -> bool:
         self.asked.append((replica.name, resolution.digest))
         await self.gate.wait()
         if self.error is not None:
             raise self.error
+        return True
 
 
 async def test_a_hot_adapter_is_copied_and_then_served_by_both() -> None:

@@ -95,7 +95,7 @@ async def test_a_cancelled_fill_leaves_nothing_and_gives_its_room_back(tmp_path:
                 await asyncio.Event().wait()
 
         stalled = asyncio.ensure_future(stall())
-        while not list((tmp_path / ".incoming").glob("*/blob")):  # noqa: ASYNC110 - the disk tells no events
+        while not list((tmp_path / ".incoming").glob("*.blob")):  # noqa: ASYNC110 - the disk tells no events
             await asyncio.sleep(0.001)
         stalled.cancel()
         with contextlib.suppress(asyncio.CancelledError):

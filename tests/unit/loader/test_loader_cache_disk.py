@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from mint_core.errors import ResourceExhausted, Unavailable
-from mint_loader.cache import DiskCache
+from mint_loader.cache import DiskCache, Workspace
 from mint_loader.cache_folder import CacheFolder
 from mint_loader.eviction import EvictionPolicy, Gdsf, Lfu, Lru
 
@@ -249,6 +249,28 @@ async def test_a_disk_that_cannot_be_written_is_told_and_counted(
         assert caught.value.retry_after_s is not None  # type: ignore[attr-defined]
         assert cache.status.num_full == (number == errno.ENOSPC)
         await put(cache, 1)
+
+
+async def test_what_fails_in_the_last_step_leaves_nothing(tmp_path: Path) -> None:
+    def make(workspace: Workspace) -> None:
+        workspace.entry.mkdir()
+        (workspace.entry / "weights").write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    async with opened(tmp_path) as cache:
+        with pytest.raises(ResourceExhausted):
+            async with cache.filling(digest_of(1), SIZE, make) as workspace:
+                workspace.blob.write_bytes(b"half")
+        assert (cache.status.used_bytes, cache.status.num_full) == (0, 1)
+        assert list((tmp_path / ".incoming").iterdir()) == []
+
+
+async def test_what_is_no_entry_of_ours_is_removed_too(tmp_path: Path) -> None:
+    async with opened(tmp_path) as cache:
+        digest = await put(cache, 1)
+        (weights(tmp_path, digest).parent / "folder" / "inside").mkdir(parents=True)
+        await put(cache, 1)
+    assert list((tmp_path / ".trash").iterdir()) == []
 
 
 async def test_uses_that_cannot_be_written_stop_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,6 +33,20 @@ class _Engine:
         return Resident("base", held)
 
 
+async def test_the_last_answer_is_known_for_a_while_and_forgotten_with_a_failure() -> None:
+    engine = _Engine()
+    engine.go.set()
+    view = EngineView(engine, timeout_s=1.0)
+    assert view.lately(60.0) is None
+    assert await view.resident() is view.lately(60.0)
+    assert view.lately(-1.0) is None
+    engine.error = Unavailable("away")
+    with pytest.raises(Unavailable):
+        await view.resident()
+    assert view.lately(60.0) is None
+    assert engine.num_asked == 2
+
+
 async def test_500_share_two_questions_and_no_answer_is_older_than_its_question() -> None:
     engine = _Engine()
     view = EngineView(engine, timeout_s=1.0)

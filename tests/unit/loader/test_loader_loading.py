@@ -155,6 +155,25 @@ async def test_a_resident_adapter_that_left_the_disk_is_not_fetched_again(node: 
     assert node.store.num_reads == 0
 
 
+async def test_what_the_engine_held_a_moment_ago_says_that_it_lacks_an_adapter_and_never_that_it_holds_one(
+    node: RoomNode,
+) -> None:
+    one, two, other = [await node.adapter(each) for each in (b"one", b"two", b"other")]
+    node.engine.digests.add(one.digest)
+    assert (await node.ensure(one)).found_at is Tier.HOST
+    assert node.engine.num_looks == 1
+    assert (await node.ensure(two)).found_at is Tier.STORE
+    assert node.engine.num_looks == 1
+    node.engine.digests.clear()
+    assert (await node.ensure(one)).found_at is Tier.STORE
+    assert node.engine.num_looks == 2
+    node.engine.base_digest = OTHER_BASE  # it began anew
+    await node.loading.view.resident()
+    with pytest.raises(BaseModelMismatch):
+        await node.ensure(other)
+    assert node.store.num_reads == 2
+
+
 async def test_an_absent_engine_is_unavailable_and_costs_no_fetch(node: RoomNode) -> None:
     ref = await node.adapter(b"one")
     node.engine.error = Unavailable("engine away")

@@ -10,6 +10,7 @@ import pytest
 
 from mint_core.errors import Unavailable
 from mint_loader import wishes as wishes_room
+from mint_loader.engine_view import EngineView
 from mint_loader.model import AdapterRef, EngineLoad, Resident, Tier
 from mint_loader.tickets import Tickets
 from mint_loader.wishes import Wishes
@@ -60,7 +61,7 @@ async def node() -> AsyncIterator[tuple[_Engine, _Loading]]:
     engine = _Engine()
     loading = _Loading(engine)
     tickets = Tickets(loading)  # type: ignore[arg-type]
-    running = asyncio.create_task(Wishes(engine, tickets, poll_s=0.001).run())
+    running = asyncio.create_task(Wishes(EngineView(engine, timeout_s=2.0), tickets, poll_s=0.001).run())
     yield engine, loading
     running.cancel()
     with contextlib.suppress(asyncio.CancelledError):

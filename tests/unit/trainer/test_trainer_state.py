@@ -28,8 +28,8 @@ from mint_core.errors import (
     Unavailable,
     WrongState,
 )
-from mint_core.names import PolicyName, SessionName
-from mint_lora import AdapterConfig, TensorFile, pack
+from mint_core.names import BlobName, PolicyName, SessionName
+from mint_lora import LAYOUT_PACKED, AdapterConfig, TensorFile, pack
 from mint_lora.dtypes import from_float32
 from mint_trainer.base import ResidentBase
 from mint_trainer.batch import BatchLimits, Datum
@@ -38,7 +38,7 @@ from mint_trainer.ledger import LedgerContents
 from mint_trainer.optimizer import AdamWConfig
 from mint_trainer.recipe import AdapterRecipe
 from mint_trainer.session import TrainingSession
-from mint_trainer.sessions import SessionLimits, Sessions
+from mint_trainer.sessions import SessionLimits, Sessions, StagedBlob
 from mint_trainer.state import Blob, SavedState, StateReader, write_state
 from mint_trainer.worker import TorchThread
 from support.tiny_models import make_tiny_llama
@@ -142,14 +142,45 @@ async def test_a_state_for_export_is_the_weights_alone_in_the_bases_type(
     await store.get_file(saved.weights_key, exported, digest=saved.weights.digest)
     with TensorFile(path) as one, TensorFile(exported) as other:
         assert other.header.tensors.keys() == one.header.tensors.keys()
-        assert AdapterConfig.from_metadata(other.header.metadata, file_name="exported").dtype == dtype
+        config = AdapterConfig.from_metadata(other.header.metadata, file_name="exported")
+        assert (config.dtype, config.layout) == (dtype, LAYOUT_PACKED)
         for name, info in other.header.tensors.items():
             assert info.dtype == stored
             assert np.array_equal(other.array(name), from_float32(one.array(name), stored))
+    packed = pack(exported, tmp_path / "packed", source_digest=saved.weights.digest)
+    assert (packed.path, packed.digest) == (exported, saved.weights.digest)
+    assert pack(exported, tmp_path / "packed").digest == saved.weights.digest
     with pytest.raises(InvalidArgument, match="optimizer"):
         await sessions.load_state(NAME, saved, weights_only=False)
-    path.unlink()
-    exported.unlink()
+    for each in (path, exported, tmp_path / "packed"):
+        each.unlink()
+    thread.close()
+
+
+async def test_a_state_for_export_is_stored_where_the_catalog_wants_its_blob(
+    base_folder: Path, limits: BatchLimits, store: MemoryObjectStore, make_data: MakeData, tmp_path: Path
+) -> None:
+    asked: list[tuple[BlobName, int]] = []
+    key = "tenants/acme/blobs/ab/1"
+
+    async def stage_blob(name: BlobName, size_bytes: int) -> StagedBlob:
+        asked.append((name, size_bytes))
+        return StagedBlob(key, is_verified=len(asked) > 1)
+
+    thread = TorchThread(1)
+    base = ResidentBase.load(base_folder, model_id="tiny", dtype="bfloat16")
+    sessions = Sessions(base, store, thread, limits, LIMITS, tmp_path, stage_blob)
+    await begin(sessions, make_data)
+    saved = await sessions.save_state(NAME, "", "r", 7, for_export=True)
+    assert asked == [(BlobName("acme", saved.weights.digest), saved.weights.size_bytes)]
+    info = await store.head(key)
+    assert info is not None
+    assert (saved.weights_key, info.digest) == (key, saved.weights.digest)
+    await store.delete(key)
+    assert await sessions.save_state(NAME, "", "r", 7, for_export=True) == saved
+    assert await store.head(key) is None, "a verified blob was put again"
+    with pytest.raises(InvalidArgument, match="training state"):
+        await sessions.load_state(NAME, saved, weights_only=True)
     thread.close()
 
 

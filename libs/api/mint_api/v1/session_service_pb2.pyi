@@ -619,7 +619,9 @@ class SaveStateRequest(_message.Message):
     fence: _builtins.int
     """Fence of the caller's lease, part of the object keys."""
     for_export: _builtins.bool
-    """Only what an export needs: the weights, in the base's compute type. Faster, and nothing can be resumed from it."""
+    """Only what an export needs: the weights, in the base's compute type, stored as the blob that is served. Faster, and
+    nothing can be resumed from it. The key is then the catalog's for a blob of these bytes.
+    """
     def __init__(
         self,
         *,

@@ -172,7 +172,7 @@ class SessionServiceServicer:
         Errors:
         * NOT_FOUND / RESOURCE_NOT_FOUND: no such session.
         * ALREADY_EXISTS / RESOURCE_EXISTS: the key holds other bytes.
-        * UNAVAILABLE: the object store is away.
+        * UNAVAILABLE: the object store, or for an export the catalog, is away.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -91,7 +91,7 @@ class SessionServiceStub:
     Errors:
     * NOT_FOUND / RESOURCE_NOT_FOUND: no such session.
     * ALREADY_EXISTS / RESOURCE_EXISTS: the key holds other bytes.
-    * UNAVAILABLE: the object store is away.
+    * UNAVAILABLE: the object store, or for an export the catalog, is away.
     """
     LoadState: _grpc.UnaryUnaryMultiCallable[_session_service_pb2.LoadStateRequest, _session_service_pb2.LoadStateResponse]
     """Replaces a session's weights, optimizer, RNG and step by a saved state.
@@ -172,7 +172,7 @@ class SessionServiceAsyncStub(SessionServiceStub):
     Errors:
     * NOT_FOUND / RESOURCE_NOT_FOUND: no such session.
     * ALREADY_EXISTS / RESOURCE_EXISTS: the key holds other bytes.
-    * UNAVAILABLE: the object store is away.
+    * UNAVAILABLE: the object store, or for an export the catalog, is away.
     """
     LoadState: _aio.UnaryUnaryMultiCallable[_session_service_pb2.LoadStateRequest, _session_service_pb2.LoadStateResponse]  # type: ignore[assignment]
     """Replaces a session's weights, optimizer, RNG and step by a saved state.
@@ -292,7 +292,7 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
         Errors:
         * NOT_FOUND / RESOURCE_NOT_FOUND: no such session.
         * ALREADY_EXISTS / RESOURCE_EXISTS: the key holds other bytes.
-        * UNAVAILABLE: the object store is away.
+        * UNAVAILABLE: the object store, or for an export the catalog, is away.
         """
 
     @_abc_1.abstractmethod

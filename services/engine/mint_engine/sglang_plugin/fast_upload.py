@@ -5,7 +5,9 @@ AROUND ``LoRAManager.load_lora_weights``, ``LoRAMemoryPool.load_lora_weight_to_b
 gate, up in memory, and copies routed experts one by one, each scaled into a new tensor first. Here
 
 - the file is mapped once and split into views (``packed_weights``);
-- every shape is held against its buffer at load, so an adapter that does not fit is refused before a slot is touched;
+- every shape is held against its buffer at load, so an adapter that does not fit is refused before a slot is touched,
+  as is one whose numbers the slots' type cannot hold: an infinity there would reach the other rows of its batch
+  (:mod:`~mint_engine.sglang_plugin.lora_ops`);
 - a joined module is copied part by part to its place, all experts at once, scaled on the way;
 - a slot remembers how far each buffer may hold other numbers than zero (its high-water rank), so that only those are
   zeroed and a slot is always exactly its adapter.
@@ -18,7 +20,7 @@ bits. Without a GPU only: the copies are made by the processor, into host memory
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -121,12 +123,19 @@ def around_load_lora_weights(original: Callable[..., None], manager: Any, lora_r
     if why is not None:
         logger.info("adapter %s is loaded by SGLang itself: %s", lora_ref.lora_name, why)
         original(manager, lora_ref)
+        try:
+            for layer in manager.loras[lora_ref.lora_id].layers:
+                _check_range(layer.weights, manager.dtype)
+        except InvalidArgument:
+            del manager.loras[lora_ref.lora_id]
+            raise
 
 
 def _load(manager: Any, lora_ref: Any) -> str | None:
     weights = read_packed_weights(Path(lora_ref.lora_path))
     if weights is None:
         return "its folder is not that of a packed adapter"
+    _check_range(weights, manager.dtype)
     config = manager.configs[lora_ref.lora_id]
     writer = slot_writer(manager)
     plan = (
@@ -148,6 +157,18 @@ def _load(manager: Any, lora_ref: Any) -> str | None:
     object.__setattr__(adapter, _PLAN, plan)
     manager.loras[lora_ref.lora_id] = adapter
     return None
+
+
+def _check_range(weights: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    """Raise :class:`InvalidArgument` for finite numbers that are infinite in ``dtype``."""
+    largest = torch.finfo(dtype).max
+    for name, tensor in weights.items():
+        if torch.finfo(tensor.dtype).max > largest and not (found := float(tensor.abs().max())) <= largest:
+            raise InvalidArgument(
+                f"{name} holds {found:g}, the engine computes in {dtype}, whose largest number is {largest:g}; "
+                "train with a smaller learning rate, or serve the base in another type",
+                field="weights",
+            )
 
 
 def around_load_to_slot(

@@ -18,6 +18,7 @@ from mint_engine.sglang_plugin import (
     fast_upload,
     lora_ops,
     mla_dispatch,
+    quiet_loads,
     residency_guard,
     seeded_sampling,
     slot_prefetch,
@@ -53,6 +54,9 @@ HOOKS = (
     Hook("sglang.srt.lora.layers.FusedMoEWithLoRA._forward_with_lora", "REPLACE", expert_lora.forward_with_lora),
     Hook("sglang.srt.lora.torch_ops.lora_ops.sgemm_lora_a_fwd", "REPLACE", lora_ops.sgemm_lora_a_fwd),
     Hook("sglang.srt.lora.torch_ops.lora_ops.sgemm_lora_b_fwd", "REPLACE", lora_ops.sgemm_lora_b_fwd),
+    Hook("sglang.srt.lora.mem_pool.LoRAMemoryPool.init_buffers", "AFTER", lora_ops.after_init_buffers),
+    Hook("sglang.srt.lora.lora_manager.LoRAManager.load_lora_adapter", "REPLACE", quiet_loads.load_lora_adapter),
+    Hook("sglang.srt.lora.lora_manager.LoRAManager.unload_lora_adapter", "REPLACE", quiet_loads.unload_lora_adapter),
     Hook("sglang.srt.lora.lora_manager.LoRAManager.load_lora_weights", "AROUND", fast_upload.around_load_lora_weights),
     Hook(
         "sglang.srt.lora.mem_pool.LoRAMemoryPool.load_lora_weight_to_buffer", "AROUND", fast_upload.around_load_to_slot

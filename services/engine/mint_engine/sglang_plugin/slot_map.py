@@ -8,7 +8,6 @@ Whatever it does not understand is left to SGLang's own path: :meth:`SlotMap.rea
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +19,6 @@ from mint_lora.families import canonical_module
 
 __all__ = ["Bank", "PartWeights", "SlotMap", "SlotPlan"]
 
-_TENSOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 _PARTS = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
     "gate_up_proj": ("gate_proj", "up_proj"),
@@ -83,11 +81,8 @@ class SlotMap:
 
     def __init__(self, banks: Sequence[Bank]) -> None:
         self.banks = tuple(banks)
-        self._places = {
-            bank.module_of(part): (index, place)
-            for index, bank in enumerate(self.banks)
-            for place, part in enumerate(bank.parts)
-        }
+        self._names = [[_tensor_names(bank.module_of(part)) for part in bank.parts] for bank in self.banks]
+        self._known = {name for parts in self._names for names in parts for name in names}
 
     @classmethod
     def read(cls, pool: Any, lora_modules: Sequence[Mapping[str, Any]]) -> SlotMap | str:
@@ -117,22 +112,11 @@ class SlotMap:
 
         Raises :class:`InvalidArgument` for a tensor that does not fit its buffer, before anything is written.
         """
-        sides: dict[tuple[int, int], dict[str, Tensor]] = {}
-        for name, tensor in weights.items():
-            match = _TENSOR.fullmatch(name)
-            place = self._places.get(match["module"]) if match else None
-            if match is None or place is None:
-                return f"{name} has no place of its own in the slots"
-            self._check(name, tensor, place, match["side"], rank)
-            sides.setdefault(place, {})[match["side"]] = tensor
+        if strangers := weights.keys() - self._known:
+            return f"{min(strangers)} has no place of its own in the slots"
         banks: list[tuple[PartWeights | None, ...] | None] = []
-        for index, bank in enumerate(self.banks):
-            parts: list[PartWeights | None] = []
-            for position, part in enumerate(bank.parts):
-                found = sides.get((index, position))
-                if found is not None and len(found) != 2:
-                    raise InvalidArgument(f"{bank.name}: {part} has one of lora_A and lora_B only", field="weights")
-                parts.append(PartWeights(found["A"], found["B"]) if found else None)
+        for bank, names in zip(self.banks, self._names, strict=True):
+            parts = [_part(bank, place, weights, pair, rank) for place, pair in enumerate(names)]
             missing = [part for part, found in zip(bank.parts, parts, strict=True) if found is None]
             if len(missing) == len(bank.parts):
                 banks.append(None)
@@ -142,22 +126,38 @@ class SlotMap:
                 return f"{bank.name} has some of its parts and lacks {missing}"
         return SlotPlan(rank, scaling, tuple(banks))
 
-    def _check(self, name: str, tensor: Tensor, place: tuple[int, int], side: str, rank: int) -> None:
-        bank = self.banks[place[0]]
-        low, high = bank.offsets[place[1] : place[1] + 2]
-        buffer = bank.lora_a if side == "A" else bank.lora_b
-        matrix = (rank, buffer.shape[-1]) if side == "A" else (high - low, rank)
-        shape, expected = tuple(tensor.shape), matrix
-        if bank.has_experts:
-            num_experts = buffer.shape[1]
-            # One matrix may stand for all experts; the copy spreads it.
-            expected = (1 if shape[:1] == (1,) else num_experts, *matrix)
-        if shape != expected or rank > bank.max_rank:
-            raise InvalidArgument(
-                f"{name} has shape {list(shape)}, the slots of {bank.name} need {list(expected)} and a rank of at most "
-                f"{bank.max_rank}: the adapter was made for another base or with another rank",
-                field="weights",
-            )
+
+def _tensor_names(module: str) -> tuple[str, str]:
+    """What a packed adapter calls A and B of a module."""
+    return f"base_model.model.{module}.lora_A.weight", f"base_model.model.{module}.lora_B.weight"
+
+
+def _part(
+    bank: Bank, place: int, weights: Mapping[str, Tensor], names: tuple[str, str], rank: int
+) -> PartWeights | None:
+    """One part of a bank, ``None`` if the adapter leaves it alone; :class:`InvalidArgument` if it does not fit."""
+    lora_a, lora_b = (weights.get(name) for name in names)
+    if lora_a is None and lora_b is None:
+        return None
+    if lora_a is None or lora_b is None:
+        raise InvalidArgument(f"{bank.name}: {bank.parts[place]} has one of lora_A and lora_B only", field="weights")
+    num_outputs = bank.offsets[place + 1] - bank.offsets[place]
+    _check(bank, names[0], lora_a, bank.lora_a, (rank, bank.lora_a.shape[-1]), rank)
+    _check(bank, names[1], lora_b, bank.lora_b, (num_outputs, rank), rank)
+    return PartWeights(lora_a, lora_b)
+
+
+def _check(bank: Bank, name: str, tensor: Tensor, buffer: Tensor, matrix: tuple[int, int], rank: int) -> None:
+    shape, expected = tuple(tensor.shape), tuple(matrix)
+    if bank.has_experts:
+        # One matrix may stand for all experts; the copy spreads it.
+        expected = (1 if shape[:1] == (1,) else buffer.shape[1], *matrix)
+    if shape != expected or rank > bank.max_rank:
+        raise InvalidArgument(
+            f"{name} has shape {list(shape)}, the slots of {bank.name} need {list(expected)} and a rank of at most "
+            f"{bank.max_rank}: the adapter was made for another base or with another rank",
+            field="weights",
+        )
 
 
 def _expert_banks(pool: Any, layer: int, name: str, module: Any) -> list[tuple[str, Bank]] | str | None:

@@ -136,8 +136,8 @@ class _Reference:
     def compare(self, slot: int, what: str) -> None:
         for bank, copies in zip(self._banks, self._copies, strict=True):
             for side, found, expected in zip("AB", (bank.lora_a[slot], bank.lora_b[slot]), copies, strict=True):
-                # As bytes: equal numbers could still be zeros of different signs.
-                if not torch.equal(found.view(torch.uint8), expected.view(torch.uint8)):
+                # As bytes: equal numbers could still be zeros of different signs. Whatever the order in memory.
+                if not torch.equal(found.contiguous().view(torch.uint8), expected.contiguous().view(torch.uint8)):
                     raise FailedPrecondition(
                         f"the fast upload differs from SGLang's own in lora_{side} of {bank.name}, {what}; "
                         "set sglang.fast_upload to false and report this"
