@@ -5,6 +5,8 @@ PYTEST := $(PYTHON) -m pytest
 export OMP_NUM_THREADS ?= 1
 # Where a process takes more, its threads wait without spinning, for the same reason.
 export OMP_WAIT_POLICY ?= PASSIVE
+# Unit tests keep a core busy and share nothing; the others start servers and mostly wait, one at a time.
+SEVERAL := -n auto --maxprocesses 4 --dist loadfile
 SEED ?= 1
 
 .PHONY: help
@@ -21,14 +23,14 @@ demo: setup ## A policy's whole life on real parts; writes demo/report.json (SEE
 
 .PHONY: test
 test: setup ## All tests: unit, contract, integration, fault
-	$(PYTEST) tests/unit
+	$(PYTEST) $(SEVERAL) tests/unit
 	$(PYTEST) tests/contract
 	$(PYTEST) tests/integration
 	$(PYTEST) tests/fault
 
 .PHONY: test-unit
 test-unit: setup ## The tests that need no server
-	$(PYTEST) tests/unit
+	$(PYTEST) $(SEVERAL) tests/unit
 
 .PHONY: test-fault
 test-fault: setup ## The fault tests, long ones included

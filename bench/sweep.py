@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
 import json
 import shutil
 import statistics
@@ -323,6 +324,11 @@ def main() -> None:
         options.dir.mkdir(parents=True, exist_ok=True)
     if options.kept is not None:
         options.kept.mkdir(parents=True, exist_ok=True)
+        lock = (options.kept / "lock").open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SystemExit(f"another run has {options.kept}; wait for its end, or name another folder") from None
     folder = options.kept or Path(tempfile.mkdtemp(prefix="mint-bench-sweep-", dir=options.dir))
     try:
         uvloop.run(Bench(options, folder).run())
