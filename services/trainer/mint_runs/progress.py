@@ -92,8 +92,9 @@ class Reporter:
             _log.warning("progress not written", extra={"fields": {"error": str(error)}})
             self._wanted.set()
 
-    async def finish(self, *, patience_s: float) -> None:
-        """Send what has not been sent before the run ends; a catalog that is away is waited for.
+    async def deliver(self, *, patience_s: float) -> None:
+        """Send what has not been sent before the run ends or a state is saved, after which no attempt would say it
+        again; a catalog that is away is waited for.
 
         Raises :class:`LeaseLost`, and what the catalog keeps answering when patience is over.
         """

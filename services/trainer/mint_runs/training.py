@@ -52,6 +52,8 @@ class Training:
         attempt = self._attempt
         attempt.lease.check()
         state = await session.save_state(run=attempt.run.name, fence=attempt.fence.token)
+        # Once the state is current no attempt does its steps again: what they came to is told before.
+        await attempt.reporter.deliver(patience_s=attempt.settings.patience_s)
         await attempt.commit(state)
         self.state = state
         return state

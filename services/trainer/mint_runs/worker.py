@@ -210,7 +210,7 @@ class Worker:
 
         Waits for the catalog as other calls do, for as long as the lease is held. Raises :class:`LeaseLost`.
         """
-        last = asyncio.ensure_future(attempt.reporter.finish(patience_s=self._settings.patience_s))
+        last = asyncio.ensure_future(attempt.reporter.deliver(patience_s=self._settings.patience_s))
         try:
             await asyncio.wait({last, keeper}, return_when=asyncio.FIRST_COMPLETED)
             if keeper.done():

@@ -243,6 +243,8 @@ class MemoryWorld:
 
     def __init__(self, tmp_path: Path, lines: list[bytes]) -> None:
         self.interrupts = Interrupts()
+        self.reports = Interrupts()
+        """At reports only."""
         self.trainer = self.sessions = MemoryTrainer(self.interrupts)
         self.rollouts = MemoryRollouts(self.interrupts)
         self.revisions = MemoryRevisions()
@@ -305,14 +307,15 @@ class MemoryWorld:
             try:
                 outcome = await recipe(attempt)
             except Killed:
-                self.trainer.live.clear()  # a later attempt never sees them: sessions are named by fence
+                # What was not reported is lost; a later attempt never sees the sessions: they are named by fence.
+                self.trainer.live.clear()
                 continue
-            finally:
-                await attempt.reporter.flush()
+            await attempt.reporter.deliver(patience_s=0)
             assert outcome.published_revision == attempt.published_revision
             return self.exported[-1][0]
 
     async def _report(self, progress: Any, events: Any, steps: Any) -> bool:
+        self.reports.passing()
         self.events += [event.kind for event in events]
         self.steps |= {step.step: step for step in steps}
         if progress is not None:

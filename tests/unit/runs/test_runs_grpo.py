@@ -149,6 +149,18 @@ async def test_a_killed_run_ends_with_the_same_weights(
     assert broken.promotions[-1][1] == 4
 
 
+async def test_no_state_is_current_before_the_figures_of_its_step_are_written(
+    tmp_path: Path, scoring: MemoryScoring
+) -> None:
+    world = grpo_world(tmp_path)
+    world.reports.coming = iter([None, Unavailable("away")])
+    with pytest.raises(Unavailable):
+        await world.finish(run_grpo)
+    assert (world.run.latest_training_state.step, sorted(world.steps)) == (0, [])
+    await world.finish(run_grpo)
+    assert sorted(world.steps) == [1, 2, 3]
+
+
 async def test_a_kept_batch_is_never_sampled_again(tmp_path: Path, scoring: MemoryScoring) -> None:
     world = grpo_world(tmp_path)
     expected = await grpo_world(tmp_path).finish(run_grpo)

@@ -146,7 +146,7 @@ async def test_figures_that_are_not_finite_are_left_out() -> None:
 
 async def test_the_last_report_waits_for_a_catalog_that_is_away() -> None:
     catalog = Catalog(Unavailable("away", retry_after_s=0.01), Unavailable("away", retry_after_s=0.01))
-    await telling(catalog, 130, "published").finish(patience_s=10)
+    await telling(catalog, 130, "published").deliver(patience_s=10)
     assert (catalog.progress, catalog.events) == ([130], ["published"])
     assert catalog.steps == list(range(1, 131))
 
@@ -157,9 +157,9 @@ async def test_the_last_report_waits_for_a_catalog_that_is_away() -> None:
 async def test_a_last_report_that_is_not_written_is_told(fault: MintError) -> None:
     reporter = telling(Catalog(*[fault] * 100), 1)
     with pytest.raises(type(fault), match=fault.message):
-        await reporter.finish(patience_s=0.05)
+        await reporter.deliver(patience_s=0.05)
 
 
 async def test_a_bug_in_the_catalog_does_not_hold_the_end_up(caplog: pytest.LogCaptureFixture) -> None:
-    await telling(Catalog(Internal("a bug")), 1).finish(patience_s=10)
+    await telling(Catalog(Internal("a bug")), 1).deliver(patience_s=10)
     assert "progress not written" in caplog.messages

@@ -129,9 +129,7 @@ class _GrpoLoop:
         figures.metrics.update(made.figures | _batch_figures(made.batch))
         with _timed(figures, "update_ms"):
             await self._update(session, made.batch, figures)
-        # Before the state is current, so that no step goes without its figures.
         self._report(figures, began_s)
-        await attempt.reporter.flush()
         with _timed(figures, "save_ms"):
             await self._training.save(session)
         with _timed(figures, "export_ms"):
