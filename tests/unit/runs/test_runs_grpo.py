@@ -153,7 +153,7 @@ async def test_no_state_is_current_before_the_figures_of_its_step_are_written(
     tmp_path: Path, scoring: MemoryScoring
 ) -> None:
     world = grpo_world(tmp_path)
-    world.reports.coming = iter([None, Unavailable("away")])
+    world.reports.coming = iter([Unavailable("away")])
     with pytest.raises(Unavailable):
         await world.finish(run_grpo)
     assert (world.run.latest_training_state.step, sorted(world.steps)) == (0, [])
