@@ -20,7 +20,8 @@ from mint_core.errors import InvalidArgument, ResourceExhausted, Unavailable
 from support.loader_node import Materials, Node, make_materials, running_node
 from support.weed import WeedServer, running_weed
 
-LOAD_S = 0.03
+LOAD_S = 0.06
+"""Longer than a small adapter takes, so that waits are those of the queues and not of a busy machine's processors."""
 NUM_BURSTS, BURST = 6, 4
 NUM_GREEDY = 500 - NUM_BURSTS * BURST
 
@@ -96,7 +97,8 @@ async def test_500_cold_adapters_of_a_greedy_tenant_do_not_double_the_wait_of_a_
     alone_s = await ask(node, alone[:half])
     greedy = [asyncio.ensure_future(node.ensure(ref, timeout_s=60)) for ref in many]
     async with asyncio.timeout(30):
-        while (await node.status()).tiers[1].num_queued < 0.8 * NUM_GREEDY:  # noqa: ASYNC110 - another process
+        # Who comes new has a credit of a few adapters too; it is used up.
+        while (await node.status()).tiers[1].num_queued < 0.8 * NUM_GREEDY or sum(task.done() for task in greedy) < 8:  # noqa: ASYNC110
             await asyncio.sleep(0.05)
     beside_p99_s = p99(await ask(node, beside))
 

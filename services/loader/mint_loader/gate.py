@@ -42,7 +42,7 @@ class GateLimits:
     max_queued_per_tenant: int = 4096
     slow_after_s: float | None = None
     """Lend a place that is held for longer; None never does."""
-    burst: float = 16.0
+    burst: float = 4.0
     """Largest credit of a tenant that was idle, in units of cost."""
     weights: Mapping[str, float] = field(default_factory=dict)
     """Share of a tenant; 1 where nothing is said."""

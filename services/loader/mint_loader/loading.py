@@ -59,7 +59,7 @@ class Limits:
     """One load into the engine."""
     engine_timeout_s: float = 5.0
     """One question to the engine."""
-    burst: float = 16.0
+    burst: float = 4.0
     """Small adapters that a tenant which asked for little lately may have loaded ahead of the others'."""
     weights: Mapping[str, float] = field(default_factory=dict)
     """Share of a tenant; 1 where nothing is said."""

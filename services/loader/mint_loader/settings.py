@@ -47,7 +47,7 @@ class LoaderSettings(ServiceSettings):
     """Callers that may wait at one time; more are refused."""
     tenant_weights: dict[str, float] = Field(default_factory=dict)
     """Share of a tenant (its id) where several wait for loads of one priority; 1 for those not named."""
-    burst: float = Field(default=16.0, ge=0)
+    burst: float = Field(default=4.0, ge=0)
     """Small adapters that a tenant which asked for little lately may have loaded ahead of others' queues."""
     max_open_tickets: int = Field(default=4096, gt=0)
     """Unfinished load tickets; more are refused."""
