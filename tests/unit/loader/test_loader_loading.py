@@ -291,7 +291,7 @@ async def test_a_wait_that_would_outlive_the_deadline_is_refused_at_once(tmp_pat
         # Another tenant's turn comes next: it is let in, and so is one that joins a load under way.
         joined = asyncio.ensure_future(node.ensure(await node.adapter(b"a 0"), timeout_s=60.0))
         theirs = asyncio.ensure_future(node.ensure(await node.adapter(b"b", tenant="modest"), timeout_s=60.0))
-        await asyncio.sleep(0.02)
+        await asyncio.sleep(0.1)
         assert not joined.done()
         assert not theirs.done()
         node.engine.go.set()
