@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import shutil
 import statistics
 import sys
@@ -114,8 +115,10 @@ class Bench:
         merges: list[Handoff] = []
         for rep in range(self.options.reps + 1):
             await way.trainer.train(rep)
+            await _settled()
             adapter = await way.handoff(self.prompt)
             await merged.ask("train", seed=rep)
+            await _settled()
             answer = await merged.ask("handoff", prompt=self.prompt, check=rep == 0)
             merge = Handoff(answer["ms"], answer["size_bytes"], 2 * answer["size_bytes"], answer["logprob"])
             for one, others in ((adapter, adapters), (merge, merges)):
@@ -143,6 +146,11 @@ class Bench:
             report.detail(f"{name}_{way}_moved_mb", handoffs[-1].moved_bytes / _MEGABYTE)
         if name == "dense_large" or (name == "dense_small" and "dense_large" not in self.options.cases):
             report.figure("dense_bytes_fraction", adapters[-1].moved_bytes / merges[-1].moved_bytes)
+
+
+async def _settled() -> None:
+    """The disk has what the other way wrote: neither pays for the other's gigabytes."""
+    await asyncio.to_thread(os.sync)
 
 
 def _told(handoff: Handoff) -> str:

@@ -55,7 +55,9 @@ def connect(address: str, *, max_message_bytes: int = 8 * 1024 * 1024, retry: bo
             ("grpc.max_send_message_length", max_message_bytes),
             ("grpc.keepalive_time_ms", 20_000),
             ("grpc.keepalive_timeout_ms", 5_000),
-            ("grpc.max_reconnect_backoff_ms", 2_000),  # services restart in seconds, not minutes
+            # A server that is back is found before the repeats of a call are used up (0.56 to 0.84 s).
+            ("grpc.initial_reconnect_backoff_ms", 100),
+            ("grpc.max_reconnect_backoff_ms", 400),
             ("grpc.enable_retries", int(retry)),
             ("grpc.service_config", json.dumps(_RETRY_POLICY if retry else {})),
         ],

@@ -37,14 +37,14 @@ class Servicer(rpc.BaseModelServiceServicer):
 
 
 @contextlib.asynccontextmanager
-async def served(servicer: Servicer) -> AsyncIterator[Addresses]:
+async def served(servicer: Servicer, listen: str = "127.0.0.1:0") -> AsyncIterator[Addresses]:
     @contextlib.asynccontextmanager
     async def build() -> AsyncIterator[Services]:
         yield Services(
             public=[Binding(rpc.add_BaseModelServiceServicer_to_server, servicer, "mint.v1.BaseModelService")]
         )
 
-    async with running("example", load(Settings, [], {}), build) as addresses:
+    async with running("example", load(Settings, ["--listen", listen], {}), build) as addresses:
         yield addresses
 
 
@@ -120,3 +120,15 @@ async def test_an_oversize_message_is_refused_and_a_good_one_still_works() -> No
         with pytest.raises(errors.ResourceExhausted):
             await call(stub.GetBaseModel, pb.GetBaseModelRequest(name="x" * 9 * 1024 * 1024))
         assert (await call(stub.GetBaseModel, pb.GetBaseModelRequest(name="m"))).base_model.name == "m for anonymous"
+
+
+async def test_a_server_that_is_back_is_reached_by_the_first_call() -> None:
+    async with served(Servicer()) as addresses:
+        address = addresses.public
+    async with connect(address) as channel:
+        stub = rpc.BaseModelServiceStub(channel)
+        for _ in range(4):  # gRPC waits longer before each attempt to connect: here to the longest wait
+            with pytest.raises(errors.Unavailable):
+                await call(stub.GetBaseModel, pb.GetBaseModelRequest(name="m"))
+        async with served(Servicer(), address):
+            assert (await call(stub.GetBaseModel, pb.GetBaseModelRequest(name="m"))).base_model.name
