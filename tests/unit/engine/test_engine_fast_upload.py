@@ -261,6 +261,15 @@ def test_numbers_that_the_slots_cannot_hold_are_refused(tmp_path: Path, *, by_ho
     assert manager.loras == {}
 
 
+@pytest.mark.parametrize("rank", [1, 2])
+def test_check_at_start_compares_bytes_whatever_lies_where(rank: int) -> None:
+    rows = torch.randn(3, rank, 5)
+    lora_b = rows.transpose(1, 2)[1]
+    assert upload_check._same_bytes(lora_b, lora_b.clone(memory_format=torch.contiguous_format))
+    assert not upload_check._same_bytes(lora_b, -lora_b)
+    assert not upload_check._same_bytes(torch.zeros(5, rank), -torch.zeros(5, rank))
+
+
 def test_check_at_start_accepts_the_upload_and_names_a_planted_bug(
     slot_map: SlotMap, writer: SlotWriter, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -136,12 +136,21 @@ class _Reference:
     def compare(self, slot: int, what: str) -> None:
         for bank, copies in zip(self._banks, self._copies, strict=True):
             for side, found, expected in zip("AB", (bank.lora_a[slot], bank.lora_b[slot]), copies, strict=True):
-                # As bytes: equal numbers could still be zeros of different signs. Whatever the order in memory.
-                if not torch.equal(found.contiguous().view(torch.uint8), expected.contiguous().view(torch.uint8)):
+                if not _same_bytes(found, expected):
                     raise FailedPrecondition(
                         f"the fast upload differs from SGLang's own in lora_{side} of {bank.name}, {what}; "
                         "set sglang.fast_upload to false and report this"
                     )
+
+
+def _same_bytes(one: Tensor, other: Tensor) -> bool:
+    """Whatever the order in memory. Equal numbers could still be zeros of different signs.
+
+    Flat first: a last dimension of 1, which rank 1 has, counts as contiguous whatever its stride, and then cannot be
+    viewed as bytes.
+    """
+    flat = [each.contiguous().flatten().view(torch.uint8) for each in (one, other)]
+    return torch.equal(*flat)
 
 
 def _random_weights(
