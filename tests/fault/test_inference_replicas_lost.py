@@ -1,5 +1,5 @@
-"""Two replicas under load while one of them is killed, stopped or drained again and again: nobody gets a wrong answer,
-and what is lost says so."""
+"""Two replicas under load while one of them is killed, stopped or drained: nobody gets a wrong answer, and what is lost
+says so."""
 
 from __future__ import annotations
 
