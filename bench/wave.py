@@ -22,7 +22,7 @@ import torch
 import uvloop
 
 from bench.support.asking import Answer, Ask, Asked, Request, at_a_time, when_due
-from bench.support.bases import WAVE, make_base
+from bench.support.bases import NARROW, WIDE, make_base
 from bench.support.clients import clients_of
 from bench.support.cold_steps import loader_status
 from bench.support.json_child import JsonChild
@@ -44,6 +44,7 @@ TARGETS: Final = {
     "ttft_p99_over_base": Target(at_most=3),
     "num_errors": Target(at_most=0),
 }
+_SHAPES: Final = {"wide": WIDE, "narrow": NARROW}
 _SHOWN: Final = 5
 
 
@@ -55,7 +56,7 @@ class Bench:
         self.num: int = options.policies
         self.report = Report("wave", {key: each for key, each in vars(options).items() if key != "dir"}, TARGETS)
         self.random = np.random.default_rng(options.seed)
-        base = fetch_model().folder if options.base == "smollm2" else make_base(WAVE)
+        base = fetch_model().folder if options.base == "smollm2" else make_base(_SHAPES[options.base])
         self.adapters = RandomAdapters(base, folder, rank=options.rank, deviation=0.02, seed=options.seed)
         self.serving = Serving(folder / "installation", base, BASE)
         self.blobs: list[common_pb2.BlobRef] = []
@@ -68,6 +69,7 @@ class Bench:
             "num_slots": options.slots,
             "max_loaded_adapters": options.loaded,
             "max_running_requests": 64,
+            "mixed_prefill": options.mixed,
         }
         self.errors: list[str] = []
 
@@ -287,9 +289,12 @@ def _options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=32, help="tokens generated")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--zipf", type=float, default=1.0, help="exponent")
-    parser.add_argument("--base", choices=("random", "smollm2"), default="random")
+    parser.add_argument("--base", choices=(*_SHAPES, "smollm2"), default="wide")
     parser.add_argument("--threads", type=int, default=1, help="of the engine; the other core is the rest's")
     parser.add_argument("--no-bare", dest="bare", action="store_false", help="leave SGLang by itself out")
+    parser.add_argument(
+        "--mixed", action=argparse.BooleanOptionalAction, default=True, help="prompts and next tokens in one pass"
+    )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--dir", type=Path, default=None, help="where everything is kept meanwhile")
     return parser.parse_args(arguments)

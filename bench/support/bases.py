@@ -13,7 +13,7 @@ import torch
 from mint_core.base_model import cache_folder
 from support.tiny_models import make_tiny_qwen3_moe
 
-__all__ = ["DENSE_LARGE", "MOE", "WAVE", "BaseShape", "make_base"]
+__all__ = ["DENSE_LARGE", "MOE", "NARROW", "WIDE", "BaseShape", "make_base"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ MOE: Final = BaseShape(
 )
 """Half of Qwen3-30B-A3B's widths and experts, a quarter of its layers: 0.98 billion parameters."""
 
-WAVE: Final = BaseShape(
+NARROW: Final = BaseShape(
     "random-qwen3-60m",
     "qwen3",
     {
@@ -70,7 +70,21 @@ WAVE: Final = BaseShape(
         "head_dim": 64,
     },
 )
-"""Small enough that thousands of requests take minutes."""
+"""62 million parameters in narrow layers, beside which a LoRA of rank 8 is large."""
+
+WIDE: Final = BaseShape(
+    "random-qwen3-1b7-3-layers",
+    "qwen3",
+    {
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+    },
+)
+"""Three of the 28 layers of Qwen3-1.7B, so that a LoRA is as large beside its layer as there."""
 
 
 def make_base(shape: BaseShape, *, seed: int = 0, max_shard_size: str = "512MB") -> Path:
