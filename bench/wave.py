@@ -30,6 +30,7 @@ from bench.support.population import BASE, TENANT, alias_name, import_policies, 
 from bench.support.random_adapters import RandomAdapters
 from bench.support.report import Report, Target
 from bench.support.serving import Serving
+from bench.support.timing import quantile
 from mint_api.runtime.v1 import loader_service_pb2
 from mint_api.v1 import common_pb2, inference_service_pb2
 from mint_api.v1 import policy_service_pb2 as policy_pb
@@ -221,6 +222,17 @@ class Bench:
             for q in (50, 99):
                 value = statistics.median(one.first_token_ms(q / 100) for one in each)
                 report.detail(f"open_{name}_ttft_p{q}_ms", value)
+        self._crowd_figures(taken["zipf"])
+
+    def _crowd_figures(self, taken: list[Asked]) -> None:
+        """What a request waits that comes while as many other policies are under way as there are slots."""
+        pairs = [pair for one in taken for pair in zip(one.num_others, one.first_token_s, strict=True)]
+        crowded = [first_s for num_others, first_s in pairs if num_others >= self.options.slots]
+        other = [first_s for num_others, first_s in pairs if num_others < self.options.slots]
+        self.report.detail("open_zipf_crowded_fraction", len(crowded) / len(pairs))
+        for name, firsts in (("crowded", crowded), ("uncrowded", other)):
+            if firsts:
+                self.report.detail(f"open_zipf_{name}_ttft_p99_ms", quantile(firsts, 0.99) * 1e3)
 
     async def _base(self, request: Request) -> AsyncIterator[Answer]:
         async for answer in self._generate(BASE, request.prompt, tenant=TENANT):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -41,6 +42,8 @@ class Asked:
     seconds: float = 0.0
     first_token_s: list[float] = field(default_factory=list)
     """Of each, from when it was made (at a time) or was due."""
+    num_others: list[int] = field(default_factory=list)
+    """Of each of these, how many other policies had requests under way when it was made."""
     errors: list[str] = field(default_factory=list)
 
     @property
@@ -55,9 +58,11 @@ class Asked:
     def first_token_ms(self, q: float) -> float:
         return quantile(self.first_token_s, q) * 1e3
 
-    async def one(self, ask: Ask, request: Request, since_s: float) -> None:
-        """Ask once and note it; an error is noted and not raised."""
+    async def one(self, ask: Ask, request: Request, since_s: float, under_way: Counter[int]) -> None:
+        """Ask once and note it; an error is noted and not raised. ``under_way`` counts requests by policy."""
         first_s = None
+        num_others = len(under_way.keys() - {request.policy})
+        under_way[request.policy] += 1
         try:
             async for answer in ask(request):
                 if answer.is_cold:
@@ -72,16 +77,21 @@ class Asked:
                 self.errors.append("the generation ended without a token")
             else:
                 self.first_token_s.append(first_s)
+                self.num_others.append(num_others)
+        finally:
+            under_way[request.policy] -= 1
+            if not under_way[request.policy]:
+                del under_way[request.policy]
 
 
 async def at_a_time(ask: Ask, requests: Sequence[Request], num_callers: int) -> Asked:
     """Closed loop: each caller asks again as soon as it was answered."""
-    asked = Asked()
+    asked, under_way = Asked(), Counter[int]()
     waiting = iter(requests)
 
     async def caller() -> None:
         for request in waiting:
-            await asked.one(ask, request, time.perf_counter())
+            await asked.one(ask, request, time.perf_counter(), under_way)
 
     begun = time.perf_counter()
     await asyncio.gather(*(caller() for _ in range(num_callers)))
@@ -91,12 +101,12 @@ async def at_a_time(ask: Ask, requests: Sequence[Request], num_callers: int) -> 
 
 async def when_due(ask: Ask, requests: Sequence[Request], due_s: Sequence[float]) -> Asked:
     """Open loop: each request is made when it is due, whatever became of those before."""
-    asked = Asked()
+    asked, under_way = Asked(), Counter[int]()
     begun = time.perf_counter()
 
     async def one(request: Request, at_s: float) -> None:
         await asyncio.sleep(at_s - time.perf_counter())
-        await asked.one(ask, request, at_s)
+        await asked.one(ask, request, at_s, under_way)
 
     await asyncio.gather(*(one(request, begun + each_s) for request, each_s in zip(requests, due_s, strict=True)))
     asked.seconds = time.perf_counter() - begun
