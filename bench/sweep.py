@@ -252,6 +252,7 @@ class Bench:
         report.figure("num_adapters", sum(sweeper.is_right[: self.num]))
         report.figure("num_catalog", max(self.num_catalog, self.num_blobs))
         report.figure("num_wrong", sweeper.num_wrong)
+        report.detail("num_compared_in_float64", sweeper.num_compared_exactly)
         report.detail("num_failed", sweeper.num_failed)
         report.detail("num_retries", sweeper.num_retries)
         report.detail("max_logprob_difference", sweeper.max_difference)
