@@ -14,7 +14,7 @@ from mint_engine.host import EngineHost
 from mint_engine.prompts import TokenPrompt
 from mint_engine.sglang_settings import SglangSettings
 from support.engine_contract import ask
-from support.serving_adapters import ServingAdapter, make_serving_adapter
+from support.serving_adapters import make_serving_adapter
 from support.sglang_rig import SglangRig, running_sglang
 from support.tiny_models import make_tiny_llama
 
@@ -55,20 +55,17 @@ async def host(sglang: SglangRig) -> AsyncIterator[EngineHost]:
 async def test_answers_of_requests_that_come_one_after_another_are_those_of_each_alone(
     host: EngineHost, sglang: SglangRig, tmp_path: Path, temperature: float
 ) -> None:
-    adapters: list[ServingAdapter | None] = [
-        make_serving_adapter(sglang.base, sglang.adapter_dir, tmp_path, seed=seed, rank=rank)
-        for seed, rank in enumerate((2, 8, 5, 8))
-    ]
-    for adapter in adapters:
-        assert adapter is not None
+    base = ""
+    digests = [base]
+    for seed, rank in enumerate((2, 8, 5, 8)):
+        adapter = make_serving_adapter(sglang.base, sglang.adapter_dir, tmp_path, seed=seed, rank=rank)
         await host.load(adapter.digest, adapter.folder)
-    adapters.append(None)
+        digests.append(adapter.digest)
 
     async def answer(place: int) -> tuple[int, ...]:
-        adapter = adapters[place % len(adapters)]
         found = await ask(
             host,
-            adapter.digest if adapter else "",
+            digests[place % len(digests)],
             prompt=TokenPrompt(tuple(range(10 + place, 20 + 4 * place))),
             # SGLang mixes only where nobody asked for log-probabilities.
             logprobs=False,
