@@ -71,6 +71,7 @@ class Bench:
             "max_loaded_adapters": options.loaded,
             "max_running_requests": 64,
             "mixed_prefill": options.mixed,
+            "slot_turn_passes": options.turn,
         }
         self.errors: list[str] = []
 
@@ -222,6 +223,11 @@ class Bench:
             for q in (50, 99):
                 value = statistics.median(one.first_token_ms(q / 100) for one in each)
                 report.detail(f"open_{name}_ttft_p{q}_ms", value)
+                # What those pay who leave their slots to others.
+                value = statistics.median(quantile(one.last_token_s, q / 100) for one in each)
+                report.detail(f"open_{name}_last_token_p{q}_ms", value * 1e3)
+            value = statistics.median(quantile(one.longest_pause_s, 0.99) for one in each)
+            report.detail(f"open_{name}_longest_pause_p99_ms", value * 1e3)
         self._crowd_figures(taken["zipf"])
 
     def _crowd_figures(self, taken: list[Asked]) -> None:
@@ -296,6 +302,7 @@ def _options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--load", type=float, default=0.7, help="open loop: share of the base's capacity")
     parser.add_argument("--callers", type=int, default=16, help="closed loop: requests in flight")
     parser.add_argument("--slots", type=int, default=16, help="adapters in one batch")
+    parser.add_argument("--turn", type=int, default=4, help="passes of a slot's turn while others wait; 0: no turns")
     parser.add_argument("--loaded", type=int, default=128, help="adapters in the engine's host pool")
     parser.add_argument("--prompt", type=int, default=32, help="tokens of a prompt")
     parser.add_argument("--tokens", type=int, default=32, help="tokens generated")

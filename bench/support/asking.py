@@ -42,6 +42,10 @@ class Asked:
     seconds: float = 0.0
     first_token_s: list[float] = field(default_factory=list)
     """Of each, from when it was made (at a time) or was due."""
+    last_token_s: list[float] = field(default_factory=list)
+    """Of each of these, likewise."""
+    longest_pause_s: list[float] = field(default_factory=list)
+    """Of each of these, the longest time from one of its tokens to the next."""
     num_others: list[int] = field(default_factory=list)
     """Of each of these, how many other policies had requests under way when it was made."""
     errors: list[str] = field(default_factory=list)
@@ -60,15 +64,21 @@ class Asked:
 
     async def one(self, ask: Ask, request: Request, since_s: float, under_way: Counter[int]) -> None:
         """Ask once and note it; an error is noted and not raised. ``under_way`` counts requests by policy."""
-        first_s = None
+        first_s: float | None = None
+        last_s, longest_pause_s = 0.0, 0.0
         num_others = len(under_way.keys() - {request.policy})
         under_way[request.policy] += 1
         try:
             async for answer in ask(request):
                 if answer.is_cold:
                     self.num_cold += 1
-                if answer.num_tokens and first_s is None:
-                    first_s = time.perf_counter() - since_s
+                if answer.num_tokens:
+                    now_s = time.perf_counter() - since_s
+                    if first_s is None:
+                        first_s = now_s
+                    else:
+                        longest_pause_s = max(longest_pause_s, now_s - last_s)
+                    last_s = now_s
                 self.num_tokens += answer.num_tokens
         except Exception as error:  # noqa: BLE001 - whatever went wrong, one request failed and is counted
             self.errors.append(f"{type(error).__name__}: {error}"[:300])
@@ -77,6 +87,8 @@ class Asked:
                 self.errors.append("the generation ended without a token")
             else:
                 self.first_token_s.append(first_s)
+                self.last_token_s.append(last_s)
+                self.longest_pause_s.append(longest_pause_s)
                 self.num_others.append(num_others)
         finally:
             under_way[request.policy] -= 1

@@ -36,7 +36,9 @@ class BareSglang:
         arguments = engine_arguments(
             Path(base), SglangSettings.model_validate(settings), without_gpu=runs_without_gpu()
         )
-        self._engine = launch_engine(arguments, fast_upload=False, self_check_timeout_ms=_SELF_CHECK_TIMEOUT_MS)
+        self._engine = launch_engine(
+            arguments, fast_upload=False, slot_turn_passes=0, self_check_timeout_ms=_SELF_CHECK_TIMEOUT_MS
+        )
         self._num_new_tokens = 0
         for number, folder in enumerate(folders):
             result = self._engine.load_lora_adapter(str(number), folder)

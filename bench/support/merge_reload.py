@@ -94,7 +94,9 @@ class MergeReload:
         arguments = without_lora(
             engine_arguments(self._base, SglangSettings.model_validate(settings), without_gpu=runs_without_gpu())
         )
-        self._engine = launch_engine(arguments, fast_upload=False, self_check_timeout_ms=_SELF_CHECK_TIMEOUT_MS)
+        self._engine = launch_engine(
+            arguments, fast_upload=False, slot_turn_passes=0, self_check_timeout_ms=_SELF_CHECK_TIMEOUT_MS
+        )
         return {"merge": self._merge_name, "num_merged": len(self._lora)}
 
     def train(self, seed: int) -> None:

@@ -60,6 +60,9 @@ class FakeEngine:
         self.gate = asyncio.Event()
         """Loads and unloads wait for it; set by default."""
         self.gate.set()
+        self.unload_gate = asyncio.Event()
+        """Unloads wait for it too; set by default."""
+        self.unload_gate.set()
         self.token_gate = asyncio.Event()
         """Every token waits for it; set by default."""
         self.token_gate.set()
@@ -84,7 +87,7 @@ class FakeEngine:
         if digest in self.refused:
             raise InvalidArgument(f"adapter {digest} does not fit", field="digest")
         assert digest not in self.loaded, "loaded twice"
-        assert len(self.loaded) < self._limits.max_loaded_adapters, "SGLang would evict by itself"
+        assert len(self.loaded) <= self._limits.max_loaded_adapters, "SGLang would evict by itself"
         self.loaded[digest] = folder
         if into_slot:
             self.warmed.append(digest)
@@ -96,6 +99,7 @@ class FakeEngine:
     async def unload(self, digest: str) -> None:
         self.calls.append(f"unload {digest}")
         await self.gate.wait()
+        await self.unload_gate.wait()
         del self.loaded[digest]
 
     async def generate(self, call: GenerationCall) -> AsyncGenerator[Delta]:

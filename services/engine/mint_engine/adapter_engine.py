@@ -45,7 +45,7 @@ class EngineLimits:
     """What an engine can take. Counts in tokens where nothing else is said."""
 
     max_loaded_adapters: int
-    """Adapters in the engine's host pool; loading more would make it evict by itself."""
+    """Adapters in the engine's host pool. The engine takes one more, so that loading can come before evicting."""
     num_slots: int
     """Adapters, the base among them, that one batch can mix."""
     max_lora_rank: int

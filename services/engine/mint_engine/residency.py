@@ -1,8 +1,10 @@
 """Which adapters the engine holds, who uses them, and who must go.
 
-One change at a time, as SGLang itself has it: a load with the evictions it needs, or an unload, runs as its own task,
-so that a caller who gives up never leaves it half done. References are taken and returned without waiting, on one event
-loop; between the look at a reference count and the step that relies on it no other code runs.
+One change at a time, as SGLang itself has it: a load with the eviction it needs, or an unload, runs as its own task,
+so that a caller who gives up never leaves it half done. A load comes before the eviction that makes its place: who
+waits for the adapter does not wait for the other to go, and a load that fails costs nobody their place. The engine so
+holds one adapter more for a moment. References are taken and returned without waiting, on one event loop; between the
+look at a reference count and the step that relies on it no other code runs.
 """
 
 from __future__ import annotations
@@ -49,7 +51,7 @@ class LoadOutcome:
 
     already_resident: bool
     load_ms: float
-    """Time the engine took, evictions included; 0 when it was resident."""
+    """Time the engine took; 0 when it was resident."""
 
 
 class Residency:
@@ -133,20 +135,32 @@ class Residency:
 
     async def _load(self, digest: str, check: Callable[[], Awaitable[AdapterFolder]], into_slot: bool) -> LoadOutcome:
         folder = await check()
-        async with self._change_lock:
+        async with contextlib.AsyncExitStack() as change:
+            await change.enter_async_context(self._change_lock)
             begin_s = monotonic_s()
-            while len(self._residents) >= self._capacity:
-                await self._remove(self._choose_victim(digest))
-            await self._guarded(
-                self._engine.load(digest, folder.path, into_slot=into_slot), f"loading adapter {digest}"
-            )
+            victim = self._take_victim(digest) if len(self._residents) >= self._capacity else None
+            try:
+                await self._guarded(
+                    self._engine.load(digest, folder.path, into_slot=into_slot), f"loading adapter {digest}"
+                )
+            except BaseException:
+                if victim is not None:
+                    self._residents[victim.digest] = victim
+                raise
             resident = Resident(digest, folder.rank, pinned=False)
             self._touch(resident)
             self._residents[digest] = resident
             load_ms = (monotonic_s() - begin_s) * 1e3
+            if victim is not None:
+                # Nobody else may change anything before it is gone: it may be wanted again.
+                self._start_change(self._finish_eviction(victim, change.pop_all()))
         await LOADED.reached()
         _log.info("adapter loaded", extra={"fields": {"digest": digest, "load_ms": round(load_ms, 2)}})
         return LoadOutcome(already_resident=False, load_ms=load_ms)
+
+    async def _finish_eviction(self, victim: Resident, change: contextlib.AsyncExitStack) -> None:
+        async with change:
+            await self._forget(victim)
 
     async def _unload(self, digest: str) -> bool:
         async with self._change_lock:
@@ -160,11 +174,13 @@ class Residency:
                     metadata={"digest": digest},
                     retry_after_s=_FULL_RETRY_AFTER_S,
                 )
-            await self._remove(resident)
+            del self._residents[digest]
+            await self._forget(resident)
         await UNLOADED.reached()
         return True
 
-    def _choose_victim(self, wanted: str) -> Resident:
+    def _take_victim(self, wanted: str) -> Resident:
+        """Take out of the table whoever was used longest ago: from here on no stream can take a reference."""
         free = [resident for resident in self._residents.values() if not (resident.num_references or resident.pinned)]
         if not free:
             raise ResourceExhausted(
@@ -173,11 +189,10 @@ class Residency:
                 metadata={"max_loaded_adapters": str(self._capacity)},
                 retry_after_s=_FULL_RETRY_AFTER_S,
             )
-        return min(free, key=lambda resident: resident.last_used)
+        return self._residents.pop(min(free, key=lambda resident: resident.last_used).digest)
 
-    async def _remove(self, resident: Resident) -> None:
-        # Out of the table first: from here on no stream can take a reference, and none holds one.
-        del self._residents[resident.digest]
+    async def _forget(self, resident: Resident) -> None:
+        """Unload one that the table no longer has, so that no stream holds or takes a reference."""
         await self._guarded(self._engine.unload(resident.digest), f"unloading adapter {resident.digest}")
         _log.info("adapter unloaded", extra={"fields": {"digest": resident.digest}})
 

@@ -198,7 +198,10 @@ class SglangEngine:
 
         arguments = engine_arguments(self._base_folder, self._settings, without_gpu=runs_without_gpu())
         self._engine = launch_engine(
-            arguments, fast_upload=self._settings.fast_upload, self_check_timeout_ms=_SELF_CHECK_TIMEOUT_MS
+            arguments,
+            fast_upload=self._settings.fast_upload,
+            slot_turn_passes=self._settings.slot_turn_passes,
+            self_check_timeout_ms=_SELF_CHECK_TIMEOUT_MS,
         )
 
     def _read_limits(self, manager: Any) -> EngineLimits:

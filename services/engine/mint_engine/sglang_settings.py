@@ -58,6 +58,11 @@ class SglangSettings(BaseModel):
     where they come one by one, and a little later a first token. Not beside ``return_routed_experts``, whose records
     were never compared there; SGLang itself computes apart whoever asks for log-probabilities."""
 
+    slot_turn_passes: int = Field(default=0, ge=0)
+    """Passes after which an adapter leaves its slot to one that waits for a slot, to go on when its turn comes again;
+    0 lets it keep the slot until its requests end, however long others wait. Switches SGLang's overlapped scheduling
+    off."""
+
     return_routed_experts: bool = False
     """Record the experts each token went to, for a base with routed experts."""
 
@@ -104,7 +109,8 @@ def engine_arguments(base_folder: Path, settings: SglangSettings, *, without_gpu
         "max_lora_rank": settings.max_lora_rank,
         "lora_target_modules": sorted(settings.target_modules),
         "max_loras_per_batch": settings.num_slots,
-        "max_loaded_loras": settings.max_loaded_adapters,
+        # One more than ours: an adapter is loaded before the one that makes room for it is forgotten.
+        "max_loaded_loras": settings.max_loaded_adapters + 1,
         "lora_eviction_policy": "lru",
         # A weight without a slot fails the load instead of being left out.
         "lora_strict_loading": True,
@@ -117,6 +123,8 @@ def engine_arguments(base_folder: Path, settings: SglangSettings, *, without_gpu
         "log_level": settings.log_level,
         "watchdog_timeout": 300,
     }
+    if settings.slot_turn_passes:
+        arguments["disable_overlap_schedule"] = True
     if settings.mem_fraction_static:
         arguments["mem_fraction_static"] = settings.mem_fraction_static
     if settings.attention_backend:

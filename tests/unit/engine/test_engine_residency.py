@@ -14,6 +14,7 @@ from mint_engine.adapter_engine import Sampling
 from mint_engine.adapter_folder import AdapterFolder
 from mint_engine.host import EngineHost, Generation, HostState
 from mint_engine.prompts import TokenPrompt
+from support.engine_contract import until
 from support.fake_engine import FakeEngine, FakePrompts
 
 DIGESTS = ["sha256:" + f"{number:064x}" for number in range(6)]
@@ -114,14 +115,14 @@ async def test_running_streams_keep_their_adapters_through_a_storm_of_loads(
     await anext(stream)
     for digest in DIGESTS[1:]:
         await host.load(digest, "x")
+    await until(lambda: len(engine.loaded) == 3)
     assert DIGESTS[0] in engine.loaded
-    assert len(engine.loaded) == 3
     engine.token_gate.set()
     assert len([item async for item in stream]) == 5
     await host.load(DIGESTS[1], "x")
     await host.load(DIGESTS[2], "x")
     await host.load(DIGESTS[3], "x")
-    assert DIGESTS[0] not in engine.loaded
+    await until(lambda: DIGESTS[0] not in engine.loaded)
 
 
 async def test_every_place_in_use_is_resource_exhausted_until_a_stream_ends(
@@ -155,6 +156,40 @@ async def test_unload_then_load_at_once_loads_anew(engine: FakeEngine, host: Eng
     removed, loaded = await asyncio.gather(host.unload(DIGESTS[0]), _soon(host.load(DIGESTS[0], "a")))
     assert (removed, loaded.already_resident) == (True, False)
     assert engine.calls == [f"{verb} {DIGESTS[0]}" for verb in ("load", "unload", "load")]
+
+
+async def test_load_does_not_wait_for_the_adapter_that_makes_place(engine: FakeEngine, host: EngineHost) -> None:
+    for digest in DIGESTS[:3]:
+        await host.load(digest, "x")
+    engine.unload_gate.clear()
+    await host.load(DIGESTS[3], "x")
+    assert [resident.digest for resident in host.residents()] == [DIGESTS[3], DIGESTS[2], DIGESTS[1]]
+    assert DIGESTS[0] in engine.loaded
+    # Who wants it back waits until it is gone, and then until another one is.
+    back = asyncio.create_task(host.load(DIGESTS[0], "x"))
+    await asyncio.sleep(0.02)
+    assert not back.done()
+    engine.unload_gate.set()
+    assert not (await back).already_resident
+    await until(lambda: set(engine.loaded) == {DIGESTS[0], DIGESTS[2], DIGESTS[3]})
+
+
+async def test_load_that_fails_costs_nobody_their_place(engine: FakeEngine, host: EngineHost) -> None:
+    for digest in DIGESTS[:3]:
+        await host.load(digest, "x")
+    engine.refused.add(DIGESTS[3])
+    with pytest.raises(InvalidArgument):
+        await host.load(DIGESTS[3], "x")
+    assert {resident.digest for resident in host.residents()} == set(engine.loaded) == set(DIGESTS[:3])
+    assert (await host.load(DIGESTS[0], "x")).already_resident
+
+
+async def test_eviction_that_gets_stuck_makes_the_replica_sick(engine: FakeEngine, host: EngineHost) -> None:
+    for digest in DIGESTS[:3]:
+        await host.load(digest, "x")
+    engine.unload_gate.clear()
+    await host.load(DIGESTS[3], "x")
+    await until(lambda: host.state is HostState.SICK)
 
 
 async def _soon(call):

@@ -22,6 +22,7 @@ from mint_engine.sglang_plugin import (
     residency_guard,
     seeded_sampling,
     slot_prefetch,
+    slot_turns,
     unpinned_memory,
     upload_check,
 )
@@ -84,6 +85,24 @@ HOOKS = (
         slot_prefetch.after_load_lora_adapter,
         only_without_gpu=False,
     ),
+    Hook(
+        "sglang.srt.managers.scheduler.Scheduler.get_next_batch_to_run",
+        "AROUND",
+        slot_turns.around_get_next_batch_to_run,
+        only_without_gpu=False,
+    ),
+    Hook(
+        "sglang.srt.managers.scheduler.Scheduler.collect_inflight_reqs",
+        "AFTER",
+        slot_turns.after_collect_inflight_reqs,
+        only_without_gpu=False,
+    ),
+    Hook(
+        "sglang.srt.managers.scheduler.Scheduler.is_fully_idle",
+        "AFTER",
+        slot_turns.after_is_fully_idle,
+        only_without_gpu=False,
+    ),
 )
 """Every hook; ``unpinned_memory``, which rebinds names instead, comes on top on a machine without a GPU."""
 
@@ -124,6 +143,7 @@ def apply_hooks() -> None:
     HookRegistry.apply_hooks()
     setattr(Scheduler, SELF_CHECK_METHOD, self_check)
     setattr(Scheduler, fast_upload.SET_FAST_UPLOAD_METHOD, fast_upload.set_fast_upload)
+    setattr(Scheduler, slot_turns.SET_SLOT_TURNS_METHOD, slot_turns.set_slot_turns)
     setattr(Scheduler, upload_check.UPLOAD_CHECK_METHOD, upload_check.check_upload)
     self_check()
 

@@ -67,10 +67,13 @@ def _kept_logging() -> Iterator[None]:
         root.setLevel(level)
 
 
-def launch_engine(arguments: Mapping[str, Any], *, fast_upload: bool, self_check_timeout_ms: int) -> Any:
+def launch_engine(
+    arguments: Mapping[str, Any], *, fast_upload: bool, slot_turn_passes: int, self_check_timeout_ms: int
+) -> Any:
     """Start the engine, wait until the base is loaded, and have every scheduler prove its hooks.
 
-    With ``fast_upload`` it also proves, without a GPU, that adapters get into the slots as SGLang would bring them.
+    Adapters take turns of ``slot_turn_passes``; 0 lets each keep its slot. With ``fast_upload`` it also proves, without
+    a GPU, that adapters get into the slots as SGLang would bring them.
 
     Blocks. Raises :class:`FailedPrecondition` when the plugin is not in place; what SGLang raises otherwise.
     """
@@ -85,6 +88,7 @@ def launch_engine(arguments: Mapping[str, Any], *, fast_upload: bool, self_check
 
     from mint_engine.sglang_plugin.fast_upload import SET_FAST_UPLOAD_METHOD
     from mint_engine.sglang_plugin.hooks import SELF_CHECK_METHOD, apply_hooks
+    from mint_engine.sglang_plugin.slot_turns import SET_SLOT_TURNS_METHOD
     from mint_engine.sglang_plugin.upload_check import UPLOAD_CHECK_METHOD
 
     apply_hooks()
@@ -98,6 +102,7 @@ def launch_engine(arguments: Mapping[str, Any], *, fast_upload: bool, self_check
     try:
         engine.collective_rpc(SELF_CHECK_METHOD)
         engine.collective_rpc(SET_FAST_UPLOAD_METHOD, enabled=fast_upload)
+        engine.collective_rpc(SET_SLOT_TURNS_METHOD, passes=slot_turn_passes)
         if fast_upload and runs_without_gpu():
             # Small ones, of which the second is lower: the slot must also be clean. A model's first layers have every
             # kind of module that it has.
