@@ -37,6 +37,7 @@ SETTINGS = SglangSettings(
     slot_turn_passes=4,
 )
 BASE = ""
+NUM_REQUESTS = 12
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -83,8 +84,8 @@ async def test_answers_that_take_turns_are_those_of_each_alone(
             seed=place,
         )
 
-    alone = [await answer(place) for place in range(18)]
-    assert [len(each.token_ids) for each in alone] == [20 + place for place in range(18)]
+    alone = [await answer(place) for place in range(NUM_REQUESTS)]
+    assert [len(each.token_ids) for each in alone] == [20 + place for place in range(NUM_REQUESTS)]
     assert len({each.token_ids for each in alone}) == len(alone)
     await host.flush_prefix_cache()
 
@@ -92,7 +93,7 @@ async def test_answers_that_take_turns_are_those_of_each_alone(
         await asyncio.sleep(0.02 * place)
         return await answer(place)
 
-    together = await asyncio.gather(*(later(place) for place in range(18)))
+    together = await asyncio.gather(*(later(place) for place in range(NUM_REQUESTS)))
     for one, other in zip(alone, together, strict=True):
         assert other.token_ids == one.token_ids
         assert other.logprobs == pytest.approx(one.logprobs, abs=1e-4)
