@@ -37,6 +37,7 @@ class FakeBatch:
     def __init__(self, requests: list[FakeRequest], *, is_extend: bool = False) -> None:
         self.reqs = requests
         self.batch_is_full = False
+        self.chunked_req = None
         self.forward_mode = SimpleNamespace(is_extend=lambda: is_extend)
         self.sampling_info = SimpleNamespace(penalizer_orchestrator=SimpleNamespace(is_required=False))
         self.model_config = SimpleNamespace(vocab_size=8)
@@ -182,6 +183,30 @@ def test_everybody_gets_the_same_share(num_adapters: int) -> None:
         scheduler.step()
     shares = [len(each.output_ids) for each in scheduler.requests]
     assert min(shares) > 0.8 * max(shares)
+
+
+def test_new_request_goes_before_those_set_aside_lately() -> None:
+    scheduler = FakeScheduler(num_slots=1, passes=4)
+    for adapter in ("a", "b"):
+        scheduler.add(adapter, 100)
+    for _ in range(6):
+        scheduler.step()
+    assert [each.lora_id for each in scheduler.mint_slot_turns.requests] == ["a"]
+    scheduler.add("c", 100)
+    order = [scheduler.step()[0] for _ in range(12)]
+    assert order.index("c") < order.index("a")
+
+
+def test_new_requests_without_end_starve_nobody() -> None:
+    scheduler = FakeScheduler(num_slots=2, passes=2)
+    first = scheduler.add("first", 50)
+    for number in range(400):
+        if number % 4 == 0:
+            scheduler.add(f"{number}", 6)
+        scheduler.step()
+        if first.finished():
+            return
+    raise AssertionError(f"{len(first.output_ids)} tokens after 400 passes")
 
 
 def test_requests_of_one_adapter_stay_together_even_if_one_comes_while_the_others_are_aside() -> None:

@@ -3,9 +3,10 @@
 Without this hook a request whose adapter finds every slot taken waits until all requests of another adapter have ended,
 however long those are; its first token comes after somebody else's last. Here an adapter that has had its turn leaves
 its slot while others wait: its requests are set aside as they are, with their keys and values in the pool, and go on
-when its turn comes again. Whoever waits is served in the order in which they began to wait, new requests and those set
-aside alike, so every wait is bounded by the turns of those before. (Round robin, as time-sharing has it; Kleinrock,
-*Queueing Systems*, volume II, chapter 4.) No pass mixes more adapters than there are slots.
+when its turn comes again. Whoever waits is served in the order in which they began to wait, so every wait is bounded by
+the turns of those before; new requests have a head start of a few turns, for whoever waits for a first token waits
+harder than who waits for the next. (Round robin, as time-sharing has it; Kleinrock, *Queueing Systems*, volume II,
+chapter 4.) No pass mixes more adapters than there are slots.
 
 A batch that was set aside counts nowhere in SGLang, so two more hooks tell of it: aborts look at
 ``Scheduler.collect_inflight_reqs``, and a scheduler with such batches is not idle. While some are set aside, a new
@@ -37,6 +38,8 @@ SET_SLOT_TURNS_METHOD = "mint_set_slot_turns"
 """Method that the plugin adds to SGLang's scheduler: :func:`set_slot_turns`."""
 
 _STATE = "mint_slot_turns"
+_HEAD_START = 2
+"""Turns that who is set aside lets pass before new requests no longer go first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,32 +65,33 @@ class SlotTurns:
         """Those set aside."""
         return [request for each in self._set_aside.values() for request in each.batch.reqs]
 
-    def next_batch(self, scheduler: Any, running: Any, last: Any) -> Any:
-        """What shall run instead of ``running``, with as many adapters at most as there are slots.
+    def next_batches(self, scheduler: Any, running: Any, last: Any) -> tuple[Any, Any]:
+        """What shall run instead of ``running`` and ``last``, with as many adapters at most as there are slots.
 
-        ``last`` is the batch of the last pass; one with prompts in it joins ``running`` only after this.
+        ``last`` is the batch of the last pass; SGLang joins one with prompts in it to ``running`` only after this.
         """
         self._now += 1
         prompts_of_last = last.reqs if last is not None and last.forward_mode.is_extend() else ()
         chunked = () if scheduler.chunked_req is None else (scheduler.chunked_req,)
         # In the order of the batches, as everything here: sets are in another order on every rank.
         seated = _adapters([*prompts_of_last, *chunked, *running.reqs])
-        staying = _adapters([*prompts_of_last, *chunked])
         self._turn_began = {each: self._turn_began.get(each, self._now) for each in seated}
         for adapter in [each for each in seated if each in self._set_aside]:
             # A new request of the adapter got a slot meanwhile, and that serves the others too.
             running = self._with_set_aside(running, adapter)
         waiting = self._in_order(self._newcomers(scheduler, running, seated, [*running.reqs, *prompts_of_last]))
-        if not waiting:
-            return running
         num_free = max(scheduler.max_loras_per_batch - len(seated), 0)
-        leaving = self._leaving(staying, len(waiting) - num_free) if _can_be_split(running) else []
+        leaving: list[Hashable] = []
+        if len(waiting) > num_free and not chunked and (last is None or last.chunked_req is None):
+            running, last = _joined(running, last)
+            if _can_be_split(running):
+                leaving = self._leaving(len(waiting) - num_free)
         returning = [each for each in waiting[: num_free + len(leaving)] if each in self._set_aside]
         for adapter in leaving:
             self._set_aside[adapter] = _SetAside(_take_out(running, adapter), self._now)
         for adapter in returning:
             running = self._with_set_aside(running, adapter)
-        return running
+        return running, last
 
     def _with_set_aside(self, running: Any, adapter: Hashable) -> Any:
         batch = self._set_aside.pop(adapter).batch
@@ -118,16 +122,16 @@ class SlotTurns:
         return bool(num_tokens <= pool.available_size() + cache.evictable_size())
 
     def _in_order(self, newcomers: Iterable[Hashable]) -> list[Hashable]:
-        """Everybody without a slot, who waits longest first."""
-        since = {adapter: each.since for adapter, each in self._set_aside.items()}
-        since.update((adapter, self._new_since[adapter]) for adapter in newcomers)
+        """Everybody without a slot, who is next first."""
+        since = {adapter: self._new_since[adapter] for adapter in newcomers}
+        head_start = _HEAD_START * self._passes
+        since.update((adapter, each.since + head_start) for adapter, each in self._set_aside.items())
         return sorted(since, key=lambda adapter: since[adapter])
 
-    def _leaving(self, staying: list[Hashable], num_wanted: int) -> list[Hashable]:
+    def _leaving(self, num_wanted: int) -> list[Hashable]:
         """Up to ``num_wanted`` adapters that have had their turn, the longest first."""
         due = [each for each, began in self._turn_began.items() if self._now - began >= self._passes]
-        due = sorted((each for each in due if each not in staying), key=lambda each: self._turn_began[each])
-        return due[: max(num_wanted, 0)]
+        return sorted(due, key=lambda each: self._turn_began[each])[:num_wanted]
 
 
 def set_slot_turns(scheduler: Any, *, passes: int) -> None:
@@ -146,7 +150,7 @@ def around_get_next_batch_to_run(
     """Choose who keeps a slot, then go on as SGLang does."""
     turns = getattr(scheduler, _STATE, None)
     if turns is not None:
-        running_batch = turns.next_batch(scheduler, running_batch, last_batch)
+        running_batch, last_batch = turns.next_batches(scheduler, running_batch, last_batch)
     return original(scheduler, running_batch=running_batch, last_batch=last_batch)
 
 
@@ -169,6 +173,23 @@ def _adapters(requests: Iterable[Any]) -> list[Hashable]:
 
 def _num_to_come(request: Any) -> int:
     return int(request.sampling_params.max_new_tokens) - len(request.output_ids)
+
+
+def _joined(running: Any, last: Any) -> tuple[Any, Any]:
+    """``running`` with the requests whose prompts the last pass computed, as SGLang would join them, and what is left
+    to join. No prompt is half computed."""
+    if last is None or not last.forward_mode.is_extend():
+        return running, last
+    num_before = len(last.reqs)
+    last.filter_batch()
+    if len(last.reqs) < num_before:
+        running.batch_is_full = False
+    if last.is_empty() or last is running:
+        return running, None
+    if running.is_empty():
+        return last, None
+    running.merge_batch(last)
+    return running, None
 
 
 def _can_be_split(batch: Any) -> bool:
