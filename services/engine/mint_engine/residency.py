@@ -143,7 +143,7 @@ class Residency:
                 await self._guarded(
                     self._engine.load(digest, folder.path, into_slot=into_slot), f"loading adapter {digest}"
                 )
-            except BaseException:
+            except BaseException:  # failed or cancelled: the engine still holds the victim
                 if victim is not None:
                     self._residents[victim.digest] = victim
                 raise

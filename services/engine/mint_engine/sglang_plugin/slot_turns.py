@@ -205,7 +205,8 @@ def _take_out(batch: Any, adapter: Hashable) -> Any:
     # A copy shares this, and SGLang changes it in place.
     taken.sampling_info = SamplingBatchInfo.from_schedule_batch(taken, taken.model_config.vocab_size)
     taken.batch_is_full = False
-    belongs = [each.lora_id == adapter for each in batch.reqs]
+    # Those that have ended stay: SGLang takes in more when it sees them leave.
+    belongs = [each.lora_id == adapter and not each.finished() for each in batch.reqs]
     taken.filter_batch(keep_indices=[row for row, own in enumerate(belongs) if own])
     batch.filter_batch(keep_indices=[row for row, own in enumerate(belongs) if not own])
     return taken
