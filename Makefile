@@ -5,8 +5,10 @@ PYTEST := $(PYTHON) -m pytest
 export OMP_NUM_THREADS ?= 1
 # Where a process takes more, its threads wait without spinning, for the same reason.
 export OMP_WAIT_POLICY ?= PASSIVE
-# Unit tests keep a core busy and share nothing; the others start servers and mostly wait, one at a time.
-SEVERAL := -n auto --maxprocesses 4 --dist loadfile
+# Who shares a worker is for tests/conftest.py to say. Unit tests keep a core busy and share nothing.
+SEVERAL := -n auto --maxprocesses 4
+# The others start servers and wait for them much: those with an engine in one worker, all others beside it.
+BESIDE := -n 2
 SEED ?= 1
 
 .PHONY: help
@@ -24,9 +26,9 @@ demo: setup ## A policy's whole life on real parts; writes demo/report.json (SEE
 .PHONY: test
 test: setup ## All tests: unit, contract, integration, fault
 	$(PYTEST) $(SEVERAL) tests/unit
-	$(PYTEST) tests/contract
-	$(PYTEST) tests/integration
-	$(PYTEST) tests/fault
+	$(PYTEST) $(BESIDE) tests/contract
+	$(PYTEST) $(BESIDE) tests/integration
+	$(PYTEST) $(BESIDE) tests/fault
 
 .PHONY: test-unit
 test-unit: setup ## The tests that need no server
