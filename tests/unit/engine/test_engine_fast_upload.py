@@ -171,6 +171,33 @@ def test_rank_above_the_slots_and_half_a_module_are_refused(slot_map: SlotMap) -
         slot_map.plan(weights, rank=2, scaling=1.0)
 
 
+def test_adapters_of_one_layout_are_arranged_once_and_hold_their_own_numbers(
+    slot_map: SlotMap, writer: SlotWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arranged: list[int] = []
+    arrange = slot_map._arrange
+    monkeypatch.setattr(slot_map, "_arrange", lambda weights, rank: (arranged.append(rank), arrange(weights, rank))[1])
+    for turn in range(3):
+        weights = weights_of(slot_map, 2, seed=turn, leave_out=frozenset({"k_proj"}))
+        plan = slot_map.plan(weights, rank=2, scaling=0.5, layout="one")
+        assert isinstance(plan, SlotPlan), plan
+        writer.write(0, plan)
+        assert_holds(slot_map, 0, weights, 2, 0.5)
+    assert arranged == [2]
+    # The rank comes from elsewhere: with another one the same layout does not fit.
+    with pytest.raises(InvalidArgument, match="need"):
+        slot_map.plan(weights, rank=3, scaling=0.5, layout="one")
+
+
+def test_layouts_that_were_refused_or_forgotten_are_looked_at_again(slot_map: SlotMap) -> None:
+    strange = {**weights_of(slot_map, 2), "lm_head.lora_A.weight": torch.zeros(2, 6)}
+    for _ in range(2):
+        assert "lm_head" in str(slot_map.plan(strange, rank=2, scaling=1.0, layout="strange"))
+    weights = weights_of(slot_map, 2)
+    for layout in range(40):
+        assert isinstance(slot_map.plan(weights, rank=2, scaling=1.0, layout=layout), SlotPlan)
+
+
 def test_what_the_map_does_not_know_is_left_to_sglang(slot_map: SlotMap) -> None:
     weights = weights_of(slot_map, 2)
     for name in ("base_model.model.model.layers.0.mlp.down_proj.lora_A.weight", "lm_head.lora_A.weight"):

@@ -17,6 +17,9 @@ TENSORS = {
     "base_model.model.a.lora_A.weight": torch.randn(3, 5),
     "base_model.model.a.lora_B.weight": torch.randn(7, 3),
     "base_model.model.b.experts.up_proj.lora_A.weight": torch.randn(4, 3, 5),
+    "base_model.model.c.lora_A.weight": torch.randn(1, 5),
+    "base_model.model.c.lora_B.weight": torch.zeros(0, 1),
+    "base_model.model.d.scalar": torch.tensor(7.0),
 }
 
 
@@ -35,10 +38,10 @@ def test_tensors_are_those_of_safetensors(tmp_path: Path, dtype: torch.dtype) ->
     found = read_packed_weights(folder)
     expected = load_file(folder / "adapter_model.safetensors")
     assert found is not None
-    assert found.keys() == expected.keys()
+    assert found.tensors.keys() == expected.keys()
     for name, tensor in expected.items():
-        assert found[name].dtype == dtype
-        assert torch.equal(found[name], tensor)
+        assert found.tensors[name].dtype == dtype
+        assert torch.equal(found.tensors[name], tensor)
 
 
 def test_tensors_outlive_the_file_and_do_not_write_to_it(tmp_path: Path) -> None:
@@ -50,8 +53,8 @@ def test_tensors_outlive_the_file_and_do_not_write_to_it(tmp_path: Path) -> None
     link.hardlink_to(weights)
     weights.unlink()
     for name, tensor in TENSORS.items():
-        assert torch.equal(found[name], tensor)
-        found[name].zero_()
+        assert torch.equal(found.tensors[name], tensor)
+        found.tensors[name].zero_()
     assert link.read_bytes() == before
 
 
@@ -66,13 +69,13 @@ def test_header_that_leaves_tensors_unaligned_is_read_all_the_same(tmp_path: Pat
     weights.write_bytes(struct.pack("<Q", len(header)) + header + content[8 + length :])
     found = read_packed_weights(folder)
     assert found is not None
-    assert all(torch.equal(found[name], tensor) for name, tensor in TENSORS.items())
+    assert all(torch.equal(found.tensors[name], tensor) for name, tensor in TENSORS.items())
 
 
 def test_what_is_not_a_packed_adapter_is_left_to_sglang(tmp_path: Path) -> None:
     assert read_packed_weights(tmp_path / "absent") is None
     assert read_packed_weights(folder_of(tmp_path / "more", TENSORS, other="file")) is None
-    mixed = {**TENSORS, "base_model.model.c.lora_A.weight": torch.zeros(2, 2, dtype=torch.bfloat16)}
+    mixed = {**TENSORS, "base_model.model.e.lora_A.weight": torch.zeros(2, 2, dtype=torch.bfloat16)}
     assert read_packed_weights(folder_of(tmp_path / "mixed", mixed)) is None
     assert read_packed_weights(folder_of(tmp_path / "fp8", {"a": torch.zeros(2, dtype=torch.float8_e4m3fn)})) is None
     linked = folder_of(tmp_path / "linked", TENSORS)

@@ -114,6 +114,22 @@ def test_text_in_metadata_may_have_any_marks(tmp_path: Path) -> None:
         assert read_header(_file(tmp_path / "f", header, b"1234")).metadata == {"text": text}
 
 
+def test_header_is_checked_once_for_files_that_share_it(tmp_path: Path) -> None:
+    one = read_header(_file(tmp_path / "one.safetensors", {"t": _tensor()}, b"1234"))
+    assert read_header(_file(tmp_path / "other.safetensors", {"t": _tensor()}, b"5678")) is one
+    assert read_header(_file(tmp_path / "more.safetensors", {"t": _tensor(), "__metadata__": {}}, b"1234")) is not one
+    # The same header in a file of another length, and with another limit, is another question.
+    for length, says in ((3, "cut off"), (5, "after its last tensor"), (3, "cut off")):
+        assert says in _refused(_file(tmp_path / "length.safetensors", {"t": _tensor()}, b"1" * length))
+    with pytest.raises(InvalidArgument, match="has 1 tensors, allowed are 0"):
+        read_header(tmp_path / "one.safetensors", max_tensors=0)
+
+
+def test_long_headers_are_not_kept(tmp_path: Path) -> None:
+    path = _file(tmp_path / "long.safetensors", {"t": _tensor(), "__metadata__": {"a": "b" * (1 << 18)}}, b"1234")
+    assert read_header(path) is not read_header(path)
+
+
 def test_other_formats_are_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "adapter_model.bin"
     for protocol in range(2, 6):

@@ -8,9 +8,12 @@ not change while it is mapped; the loader publishes folders by rename and never 
 
 from __future__ import annotations
 
+import functools
+import itertools
 import mmap
 import os
 import stat
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,15 +23,27 @@ from mint_core.errors import InvalidArgument
 from mint_lora.folders import CONFIG_NAME, WEIGHTS_NAME
 from mint_lora.header import Header, read_header
 
-__all__ = ["read_packed_weights"]
+__all__ = ["PackedWeights", "read_packed_weights"]
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _MAX_TENSORS = 16_384
 """Per-expert files have more and gain nothing here."""
 
 
-def read_packed_weights(folder: Path) -> dict[str, Tensor] | None:
-    """Map the weights in ``folder`` and return all its tensors by name.
+@dataclass(frozen=True, slots=True)
+class PackedWeights:
+    """A packed adapter, mapped."""
+
+    header: Header
+    """Equal headers are one object, so it stands for the names and shapes of the tensors."""
+    dtype: torch.dtype
+    """Of every tensor."""
+    tensors: dict[str, Tensor]
+    """By name: views into the file."""
+
+
+def read_packed_weights(folder: Path) -> PackedWeights | None:
+    """Map the weights in ``folder``.
 
     ``None`` where it is not ours to read: a folder with other files than the two of a packed adapter, element types
     without a torch type of their own, or more tensors than packing leaves. Raises :class:`InvalidArgument` for a file
@@ -43,7 +58,8 @@ def read_packed_weights(folder: Path) -> dict[str, Tensor] | None:
     dtypes = {tensor.dtype for tensor in header.tensors.values()}
     if len(dtypes) != 1 or not dtypes <= _DTYPES.keys() or len(header.tensors) > _MAX_TENSORS:
         return None
-    return _map(weights, header, _DTYPES[dtypes.pop()])
+    dtype = _DTYPES[dtypes.pop()]
+    return PackedWeights(header, dtype, _map(weights, header, dtype))
 
 
 def _map(weights: Path, header: Header, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -60,6 +76,16 @@ def _map(weights: Path, header: Header, dtype: torch.dtype) -> dict[str, Tensor]
             # Private and writable because torch warns of read-only buffers; nothing writes, so no page is copied.
             mapped = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
             flat = torch.frombuffer(mapped, dtype=dtype, offset=data_begin)
-    # The header's ranges follow each other without a gap, so one split is all of them.
-    pieces = torch.split(flat, [tensor.num_elements for tensor in tensors])
-    return {tensor.name: piece.view(tensor.shape) for tensor, piece in zip(tensors, pieces, strict=True)}
+    # One call for each tensor: a slice and a view of it are two.
+    return {
+        tensor.name: flat.as_strided(
+            tensor.shape, _strides(tensor.shape), (tensor.begin - data_begin) // dtype.itemsize
+        )
+        for tensor in tensors
+    }
+
+
+@functools.lru_cache
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Of a contiguous tensor, in elements."""
+    return (*itertools.accumulate(shape[:0:-1], int.__mul__, initial=1),)[::-1] if shape else ()

@@ -8,7 +8,7 @@ Whatever it does not understand is left to SGLang's own path: :meth:`SlotMap.rea
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,8 @@ _PARTS = {
 _EXPERT_PARTS = {"gate_up_proj_moe": ("gate_proj", "up_proj"), "down_proj_moe": ("down_proj",)}
 _OPTIONAL_PARTS = frozenset({"k_proj", "up_proj"})
 """SGLang takes these for zeros when their neighbours are there."""
+_MAX_ARRANGEMENTS = 16
+_Arrangement = tuple[tuple[tuple[str, str] | None, ...] | None, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +85,7 @@ class SlotMap:
         self.banks = tuple(banks)
         self._names = [[_tensor_names(bank.module_of(part)) for part in bank.parts] for bank in self.banks]
         self._known = {name for parts in self._names for names in parts for name in names}
+        self._arrangements: dict[tuple[Hashable | None, int], _Arrangement] = {}
 
     @classmethod
     def read(cls, pool: Any, lora_modules: Sequence[Mapping[str, Any]]) -> SlotMap | str:
@@ -107,24 +110,42 @@ class SlotMap:
                     banks.append(bank)
         return cls(banks)
 
-    def plan(self, weights: Mapping[str, Tensor], *, rank: int, scaling: float) -> SlotPlan | str:
+    def plan(
+        self, weights: Mapping[str, Tensor], *, rank: int, scaling: float, layout: Hashable | None = None
+    ) -> SlotPlan | str:
         """Sort an adapter's tensors by bank; a sentence where SGLang's own path must be used.
 
-        Raises :class:`InvalidArgument` for a tensor that does not fit its buffer, before anything is written.
+        ``layout`` stands for the names and shapes of ``weights``: what was given with an equal one is not checked
+        again. Raises :class:`InvalidArgument` for a tensor that does not fit its buffer, before anything is written.
         """
+        arrangement = self._arrangements.get((layout, rank))
+        if arrangement is None:
+            found = self._arrange(weights, rank)
+            if isinstance(found, str):
+                return found
+            arrangement = found
+            if layout is not None:
+                if len(self._arrangements) >= _MAX_ARRANGEMENTS:
+                    self._arrangements.clear()
+                self._arrangements[layout, rank] = arrangement
+        banks = (None if names is None else tuple(_part(weights, pair) for pair in names) for names in arrangement)
+        return SlotPlan(rank, scaling, tuple(banks))
+
+    def _arrange(self, weights: Mapping[str, Tensor], rank: int) -> _Arrangement | str:
+        """The names of the tensors by bank and part."""
         if strangers := weights.keys() - self._known:
             return f"{min(strangers)} has no place of its own in the slots"
-        banks: list[tuple[PartWeights | None, ...] | None] = []
+        banks: list[tuple[tuple[str, str] | None, ...] | None] = []
         for bank, names in zip(self.banks, self._names, strict=True):
-            parts = [_part(bank, place, weights, pair, rank) for place, pair in enumerate(names)]
-            missing = [part for part, found in zip(bank.parts, parts, strict=True) if found is None]
+            found = tuple(pair if _fits(bank, place, weights, pair, rank) else None for place, pair in enumerate(names))
+            missing = [part for part, pair in zip(bank.parts, found, strict=True) if pair is None]
             if len(missing) == len(bank.parts):
                 banks.append(None)
             elif set(missing) <= _OPTIONAL_PARTS:
-                banks.append(tuple(parts))
+                banks.append(found)
             else:
                 return f"{bank.name} has some of its parts and lacks {missing}"
-        return SlotPlan(rank, scaling, tuple(banks))
+        return tuple(banks)
 
 
 def _tensor_names(module: str) -> tuple[str, str]:
@@ -132,19 +153,21 @@ def _tensor_names(module: str) -> tuple[str, str]:
     return f"base_model.model.{module}.lora_A.weight", f"base_model.model.{module}.lora_B.weight"
 
 
-def _part(
-    bank: Bank, place: int, weights: Mapping[str, Tensor], names: tuple[str, str], rank: int
-) -> PartWeights | None:
-    """One part of a bank, ``None`` if the adapter leaves it alone; :class:`InvalidArgument` if it does not fit."""
+def _part(weights: Mapping[str, Tensor], names: tuple[str, str] | None) -> PartWeights | None:
+    return None if names is None else PartWeights(weights[names[0]], weights[names[1]])
+
+
+def _fits(bank: Bank, place: int, weights: Mapping[str, Tensor], names: tuple[str, str], rank: int) -> bool:
+    """Whether the adapter has a part of a bank; :class:`InvalidArgument` if it has and it does not fit."""
     lora_a, lora_b = (weights.get(name) for name in names)
     if lora_a is None and lora_b is None:
-        return None
+        return False
     if lora_a is None or lora_b is None:
         raise InvalidArgument(f"{bank.name}: {bank.parts[place]} has one of lora_A and lora_B only", field="weights")
     num_outputs = bank.offsets[place + 1] - bank.offsets[place]
     _check(bank, names[0], lora_a, bank.lora_a, (rank, bank.lora_a.shape[-1]), rank)
     _check(bank, names[1], lora_b, bank.lora_b, (num_outputs, rank), rank)
-    return PartWeights(lora_a, lora_b)
+    return True
 
 
 def _check(bank: Bank, name: str, tensor: Tensor, buffer: Tensor, matrix: tuple[int, int], rank: int) -> None:
