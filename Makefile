@@ -67,7 +67,7 @@ bench-packed: setup ## Into the slot of a live engine: expert by expert, packed,
 	$(PYTHON) -W ignore -m bench.packed $(ARGS)
 
 .PHONY: bench-sweep
-bench-sweep: setup ## One engine through 100,000 adapters of a catalog of a million (70 minutes; NUM=2000 for less)
+bench-sweep: setup ## One engine through 100,000 adapters of a catalog of a million (40 to 70 minutes; NUM=2000 for less)
 	$(PYTHON) -W ignore -m bench.sweep $(if $(NUM),--num $(NUM)) $(ARGS)
 
 .PHONY: bench-handoff
