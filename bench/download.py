@@ -22,6 +22,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Final
 
+import psutil
+
 from bench.support.report import Report, Target
 from bench.support.timing import interleaved
 from mint_blobs import ObjectStoreSettings, blob_key
@@ -75,15 +77,23 @@ class Bench:
             S3ObjectStore(settings.model_copy(update=_SINGLE)) as single,
             S3ObjectStore(settings) as ranged,
         ):
+            busy: dict[str, list[float]] = {"single": [], "ranged": []}
 
-            def getting(store: S3ObjectStore) -> Callable[[int], Awaitable[float]]:
-                return lambda _: self._get(store, key, digest, self.size_bytes)
+            def getting(way: str, store: S3ObjectStore) -> Callable[[int], Awaitable[float]]:
+                async def get(_: int) -> float:
+                    before = _busy_s()
+                    taken = await self._get(store, key, digest, self.size_bytes)
+                    busy[way].append((_busy_s() - before) / taken)
+                    return taken
 
-            ways = {"single": getting(single), "ranged": getting(ranged)}
+                return get
+
+            ways = {"single": getting("single", single), "ranged": getting("ranged", ranged)}
             await interleaved(ways, 1)  # connections, page cache
             taken = await interleaved(ways, self.reps)
         for way, each in taken.items():
             self.report.detail(f"{way}{name}_mb_per_s", self._rate(statistics.median(each)))
+            self.report.detail(f"{way}{name}_busy_cores", statistics.median(busy[way]))
         pairs = zip(taken["single"], taken["ranged"], strict=True)
         return statistics.median(single_s / ranged_s for single_s, ranged_s in pairs)
 
@@ -117,6 +127,12 @@ async def _timed(call: Callable[[], Awaitable[object]]) -> float:
     begun = time.perf_counter()
     await call()
     return time.perf_counter() - begun
+
+
+def _busy_s() -> float:
+    """Seconds that the machine's cores have worked, whoever for."""
+    times = psutil.cpu_times()
+    return float(times.user + times.nice + times.system + times.irq + times.softirq)
 
 
 @contextlib.asynccontextmanager

@@ -15,7 +15,7 @@ from mint_engine.adapter_folder import AdapterRules
 from mint_engine.base_geometry import BaseGeometry
 from mint_engine.host import EngineHost, HostState, adapter_checker
 from mint_engine.prompts import HuggingFacePrompts
-from mint_engine.sglang_engine import SglangEngine
+from mint_engine.sglang_engine import SglangEngine, socket_files
 from mint_engine.sglang_plugin.upload_check import UPLOAD_CHECK_METHOD
 from mint_engine.sglang_settings import SglangSettings
 
@@ -77,7 +77,10 @@ async def running_sglang(base: Path, adapter_dir: Path, settings: SglangSettings
             warnings.simplefilter("ignore")
             await engine.start()
             prompts = HuggingFacePrompts(base, vocab_size=engine.limits.vocab_size)
+        files = socket_files(engine._engine)
+        assert files
         yield SglangRig(engine, prompts, base, adapter_dir, engine.process_ids)
         prompts.close()
     finally:
         await engine.close()
+    assert not [file for file in files if file.exists()]

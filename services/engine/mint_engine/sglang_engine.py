@@ -27,7 +27,7 @@ from mint_engine.sglang_plugin.version import check_sglang_version, runs_without
 from mint_engine.sglang_request import request_arguments
 from mint_engine.sglang_settings import SglangSettings, engine_arguments
 
-__all__ = ["SglangEngine"]
+__all__ = ["SglangEngine", "socket_files"]
 
 _SELF_CHECK_TIMEOUT_MS = 60_000
 _JOIN_TIMEOUT_S = 10.0
@@ -35,6 +35,7 @@ _FLUSH_ATTEMPTS = 50
 _FLUSH_PAUSE_S = 0.02
 # SGLang keeps this many tokens of a request's longest length to itself (tp_worker: max_req_len - 5 for the prompt).
 _PROMPT_RESERVE = 5
+_IPC = "ipc://"
 
 _log = log.get_logger(__name__)
 
@@ -255,9 +256,15 @@ class SglangEngine:
             state.event.set()
 
 
+def socket_files(engine: Any) -> list[Path]:
+    """Where SGLang's processes meet: files in the temporary folder that nobody else would remove."""
+    names = (name for name in vars(engine.port_args).values() if isinstance(name, str))
+    return [Path(name.removeprefix(_IPC)) for name in names if name.startswith(_IPC)]
+
+
 def _release(engine: Any) -> None:
-    """Close what SGLang leaves to the end of the process: its sockets with their contexts, and the loop of its
-    thread."""
+    """Close what SGLang leaves to the end of the process: its sockets with their contexts and files, and the loop of
+    its thread."""
     manager = engine.tokenizer_manager
     contexts = {
         socket.context
@@ -266,5 +273,7 @@ def _release(engine: Any) -> None:
     }
     for context in contexts:
         context.destroy(linger=0)
+    for file in socket_files(engine):
+        file.unlink(missing_ok=True)
     if not engine.loop.is_running():
         engine.loop.close()
