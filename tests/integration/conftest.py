@@ -15,9 +15,9 @@ from support.weed import WeedServer, running_weed
 
 @pytest.fixture(scope="session")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    """Everything up, as ``mint up`` makes it."""
+    """Everything up, as ``mint up --metrics`` makes it."""
     base = make_tiny_llama(tmp_path_factory.mktemp("base") / "tiny-llama", seed=0)
-    with running_stack(tmp_path_factory.mktemp("stack"), base) as running:
+    with running_stack(tmp_path_factory.mktemp("stack"), base, "--metrics") as running:
         yield running
 
 

@@ -56,9 +56,9 @@ class SecondReplica:
 @contextlib.contextmanager
 def running_second_replica(stack: Stack, work: Path, *, lease_ttl_s: float = 3.0) -> Iterator[SecondReplica]:
     """Start a small replica and wait until it is registered; at the end wait until it is not."""
-    ports = iter(_free_ports(4))
+    ports = iter(_free_ports(6))
     listen = {
-        room: {kind: f"127.0.0.1:{next(ports)}" for kind in ("LISTEN", "RUNTIME_LISTEN")}
+        room: {kind: f"127.0.0.1:{next(ports)}" for kind in ("LISTEN", "RUNTIME_LISTEN", "TELEMETRY__METRICS_LISTEN")}
         for room in ("engine", "loader")
     }
     adapters = str(work / "adapters")

@@ -97,7 +97,8 @@ class Stack:
     def second(self, service: str) -> Iterator[str]:
         """Another process of a service, for as long as the block lasts; the name it logs under."""
         name = f"second-{service}"
-        anywhere = {f"MINT_{service.upper()}_{kind}": "127.0.0.1:0" for kind in ("LISTEN", "RUNTIME_LISTEN")}
+        kinds = ("LISTEN", "RUNTIME_LISTEN", "TELEMETRY__METRICS_LISTEN")
+        anywhere = {f"MINT_{service.upper()}_{kind}": "127.0.0.1:0" for kind in kinds}
         command = [sys.executable, "-m", f"mint_{service}", "--config", str(self.settings_path)]
         with (
             self.log(name).open("ab") as output,

@@ -48,6 +48,8 @@ class UpOptions:
     """Highest rank the engine takes; every slot is as large as this rank needs."""
     replicas: int = 1
     """Engines, each with a loader and a disk cache of its own. Those after the first are ``engine-2`` and so on."""
+    metrics: bool = False
+    """Whether every service has an endpoint for Prometheus."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +63,7 @@ class ProcessSpec:
     runtime_address: str
     health: str
     """See :func:`mint_cli.health.is_healthy`."""
+    metrics_address: str = ""
     environ: Mapping[str, str] = field(default_factory=dict)
     """Added to this process's environment."""
     stop_timeout_s: float = 20.0
@@ -89,7 +92,8 @@ def plan_installation(state: StateDir, base: LocalModel, options: UpOptions) -> 
     weed_path = find_weed()
     names = ["etcd.client", "etcd.peer", *(f"weed.{name}" for name in _WEED_PORTS)]
     more = [f"{name}-{number}" for number in range(2, options.replicas + 1) for name in _OF_A_NODE]
-    names += [f"{name}.{kind}" for name in (*SERVICES, *more) for kind in ("listen", "runtime_listen")]
+    kinds = ("listen", "runtime_listen", *(("metrics_listen",) if options.metrics else ()))
+    names += [f"{name}.{kind}" for name in (*SERVICES, *more) for kind in kinds]
     address = {name: f"127.0.0.1:{port}" for name, port in state.ports(names).items()}
     credentials = state.credentials()
     # Nothing runs yet: what lies there is of processes that were killed.
@@ -161,6 +165,8 @@ def _settings(
     for name in SERVICES:
         listen = {kind: address[f"{name}.{kind}"] for kind in ("listen", "runtime_listen")}
         tables[name] = listen | tables[name]
+        if options.metrics:
+            tables[name]["telemetry"] = {"metrics_listen": address[f"{name}.metrics_listen"]}
     return tables
 
 
@@ -174,6 +180,7 @@ def _service(name: str, address: Mapping[str, str], state: StateDir) -> ProcessS
         address=runtime if internal else listen,
         runtime_address=runtime,
         health=f"grpc:{listen}",
+        metrics_address=address.get(f"{name}.metrics_listen", ""),
         # A worker finishes its step and saves; the others get what they need to end their calls.
         stop_timeout_s=90.0 if name == "runs" else 25.0,
         environ={
@@ -200,6 +207,8 @@ def _of_replica(room: str, number: str, address: Mapping[str, str], state: State
         }
     else:
         settings |= {"engine_address": address[f"engine-{number}.runtime_listen"], "cache_dir": adapters}
+    if metrics := address.get(f"{name}.metrics_listen"):
+        settings["telemetry__metrics_listen"] = metrics
     return {f"MINT_{room}_{key}".upper(): value for key, value in settings.items()}
 
 

@@ -57,6 +57,8 @@ class RunningService:
     pid_started: float
     """When that process started, by the kernel's count: a process id alone may be somebody else's later."""
     num_restarts: int = 0
+    metrics_address: str = ""
+    """Where Prometheus reaches it; empty without ``mint up --metrics``, and of what is not ours."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

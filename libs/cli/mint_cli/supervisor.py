@@ -120,6 +120,7 @@ class _Child:
             name=spec.name,
             address=spec.address,
             runtime_address=spec.runtime_address,
+            metrics_address=spec.metrics_address,
             health=spec.health,
             pid=self.pid,
             pid_started=self.pid_started,

@@ -64,7 +64,7 @@ class ServiceSettings(Settings):
     log_level: str = "INFO"
     """DEBUG, INFO, WARNING or ERROR."""
     telemetry: TelemetrySettings = TelemetrySettings()
-    """Tracing; off by default."""
+    """Tracing and metrics; off by default."""
 
 
 S = TypeVar("S", bound=Settings)

@@ -1,4 +1,4 @@
-"""Running a service: two endpoints, health, reflection, graceful drain.
+"""Running a service: two endpoints, health, reflection, metrics where asked for, graceful drain.
 
 Public services (``mint.v1``) listen on ``settings.listen``; services between our own processes
 (``mint.runtime.v1``) on ``settings.runtime_listen``, so that a network policy or a socket's mode can keep
@@ -12,7 +12,7 @@ import contextlib
 import signal
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from mint_core import log, telemetry
 from mint_core.config import ServiceSettings
 from mint_core.errors import FailedPrecondition, MintError
 from mint_core.interceptors import Methods
+from mint_core.metrics import Figures, MetricsEndpoint
 
 __all__ = ["Addresses", "Binding", "Services", "run", "running"]
 
@@ -49,6 +50,8 @@ class Services:
     runtime: Sequence[Binding] = ()
     on_drain: Callable[[], None] = lambda: None
     """Called when draining begins: ends what would never end by itself, such as watches and waiting claims."""
+    figures: Figures | None = None
+    """What it tells Prometheus beside its calls; read only where ``telemetry.metrics_listen`` is set."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,14 +60,17 @@ class Addresses:
 
     public: str
     runtime: str
+    metrics: str = ""
 
 
 class _Endpoint:
     """One listening server with health and reflection."""
 
-    def __init__(self, address: str, bindings: Sequence[Binding], settings: ServiceSettings) -> None:
+    def __init__(
+        self, address: str, bindings: Sequence[Binding], settings: ServiceSettings, metrics: MetricsEndpoint | None
+    ) -> None:
         self._server = grpc.aio.server(
-            interceptors=telemetry.server_interceptors(),
+            interceptors=[*telemetry.server_interceptors(), *(metrics.interceptors() if metrics else ())],
             options=[
                 ("grpc.max_receive_message_length", settings.max_message_bytes),
                 ("grpc.max_send_message_length", settings.max_message_bytes),
@@ -115,14 +121,16 @@ async def running(
 ) -> AsyncIterator[Addresses]:
     """Serve inside the block; leaving it drains and stops. For tests, and the inside of :func:`run`."""
     telemetry.configure(name, settings.telemetry)
-    async with build() as services:
-        endpoints = [_Endpoint(settings.listen, services.public, settings)]
+    metrics = MetricsEndpoint(settings.telemetry.metrics_listen) if settings.telemetry.metrics_listen else None
+    async with build() as services, contextlib.AsyncExitStack() as stack:
+        endpoints = [_Endpoint(settings.listen, services.public, settings, metrics)]
         if services.runtime:
-            endpoints.append(_Endpoint(settings.runtime_listen, services.runtime, settings))
+            endpoints.append(_Endpoint(settings.runtime_listen, services.runtime, settings, metrics))
+        metrics_address = await stack.enter_async_context(metrics.listening(services.figures)) if metrics else ""
         for endpoint in endpoints:
             await endpoint.start()
-        addresses = Addresses(endpoints[0].address, endpoints[1].address if services.runtime else "")
-        _log.info("serving", extra={"fields": {"public": addresses.public, "runtime": addresses.runtime}})
+        addresses = Addresses(endpoints[0].address, endpoints[1].address if services.runtime else "", metrics_address)
+        _log.info("serving", extra={"fields": asdict(addresses)})
         try:
             yield addresses
         finally:

@@ -1,4 +1,7 @@
-"""OpenTelemetry tracing behind one switch: ``telemetry.otlp_endpoint``. Unset, nothing is imported or wrapped."""
+"""OpenTelemetry tracing behind one switch: ``telemetry.otlp_endpoint``. Unset, nothing is imported or wrapped.
+
+Its settings are all of a service's telemetry, the metrics' too.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,14 @@ __all__ = ["TelemetrySettings", "client_interceptors", "configure", "server_inte
 
 
 class TelemetrySettings(BaseModel):
-    """The switch."""
+    """The switches."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     otlp_endpoint: str = ""
     """OTLP/gRPC endpoint that spans are sent to, e.g. http://127.0.0.1:4317; empty turns tracing off."""
+    metrics_listen: str = ""
+    """Address host:port of the HTTP endpoint for Prometheus, see :mod:`mint_core.metrics`; empty turns it off."""
 
 
 _enabled = False

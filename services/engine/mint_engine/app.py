@@ -17,6 +17,7 @@ from mint_core.names import BaseModelName, EngineReplicaName
 from mint_core.server import Binding, Services
 from mint_engine.adapter_folder import AdapterRules
 from mint_engine.base_geometry import BaseGeometry
+from mint_engine.figures import host_figures
 from mint_engine.host import EngineHost, adapter_checker
 from mint_engine.prompts import HuggingFacePrompts
 from mint_engine.registration import Registration
@@ -91,7 +92,11 @@ async def build(settings: EngineSettings) -> AsyncIterator[Services]:
             stack.push_async_callback(_stop, asyncio.create_task(registration.run(), name="registration"))
         servicer = EngineServicer(host, replica, max_generate_s=settings.max_generate_s)
         add = engine_service_pb2_grpc.add_EngineServiceServicer_to_server
-        yield Services(runtime=[Binding(add, servicer, _SERVICE.full_name)], on_drain=host.begin_stop)
+        yield Services(
+            runtime=[Binding(add, servicer, _SERVICE.full_name)],
+            on_drain=host.begin_stop,
+            figures=lambda: host_figures(host),
+        )
 
 
 def _advertised(settings: EngineSettings) -> str:

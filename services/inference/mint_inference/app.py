@@ -12,6 +12,7 @@ from mint_core.server import Binding, Services
 from mint_core.signing import TrustedKeys
 from mint_inference.clients import CatalogClient, Channels, EngineClients, LoaderClients, UsageClient
 from mint_inference.copies import Copies
+from mint_inference.figures import inference_figures
 from mint_inference.generation import Generation, GenerationLimits
 from mint_inference.lookout import Lookout
 from mint_inference.resolver import Resolver, ResolverLimits
@@ -83,7 +84,10 @@ async def inference(settings: InferenceSettings) -> AsyncIterator[Services]:
         for work in works:
             stack.push_async_callback(_stop, asyncio.create_task(work))
         add = inference_service_pb2_grpc.add_InferenceServiceServicer_to_server
-        yield Services(public=[Binding(add, InferenceServicer(generation), _SERVICE.full_name)])
+        yield Services(
+            public=[Binding(add, InferenceServicer(generation), _SERVICE.full_name)],
+            figures=lambda: inference_figures(generation, router),
+        )
 
 
 async def _meter(settings: InferenceSettings, stack: contextlib.AsyncExitStack) -> UsageMeter:

@@ -15,6 +15,7 @@ from mint_loader.adapters import verify_adapter, write_adapter
 from mint_loader.cache import DiskCache
 from mint_loader.clients import CatalogClient, EngineClient
 from mint_loader.eviction import make_policy
+from mint_loader.figures import node_figures
 from mint_loader.loading import Limits, Loading
 from mint_loader.node import Node
 from mint_loader.pin_store import PinStore
@@ -99,7 +100,7 @@ async def loader(settings: LoaderSettings) -> AsyncIterator[Services]:
         node = Node(loading, tickets, pins, cache, engine, served, prefetcher)
         servicer = LoaderServicer(node, ensure_timeout_s=settings.ensure_timeout_s)
         add = loader_service_pb2_grpc.add_LoaderServiceServicer_to_server
-        yield Services(runtime=[Binding(add, servicer, _SERVICE.full_name)])
+        yield Services(runtime=[Binding(add, servicer, _SERVICE.full_name)], figures=lambda: node_figures(node))
 
 
 async def _stop(task: asyncio.Task[None]) -> None:

@@ -160,6 +160,24 @@ def test_a_second_replica_has_everything_of_its_own(state: StateDir, tmp_path: P
         assert getattr(loader, key) != getattr(other_loader, key)
 
 
+def test_every_service_has_an_endpoint_for_prometheus_where_it_is_asked_for(state: StateDir, tmp_path: Path) -> None:
+    base = fetch_model(str(write_model(tmp_path / "base")))
+    silent = plan_installation(state, base, UpOptions())
+    assert "metrics_listen" not in silent.settings_text
+    assert not any(spec.metrics_address for stage in silent.stages for spec in stage)
+
+    plan = plan_installation(state, base, UpOptions(replicas=2, metrics=True))
+    state.write_settings(plan.settings_text)
+    processes = {spec.name: spec for stage in plan.stages for spec in stage}
+    addresses = {name: spec.metrics_address for name, spec in processes.items() if spec.metrics_address}
+    assert addresses.keys() == {*SERVICES, "engine-2", "loader-2"}
+    assert len({*addresses.values()}) == len(addresses)
+    argv = ["--config", str(state.settings_path)]
+    for name in ("loader", "loader-2"):
+        settings = load(LoaderSettings, argv, dict(processes[name].environ))
+        assert settings.telemetry.metrics_listen == addresses[name]
+
+
 def test_a_program_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("ETCD_BIN", str(tmp_path / "etcd"))
     with pytest.raises(FailedPrecondition, match="ETCD_BIN is "):

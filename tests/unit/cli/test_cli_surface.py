@@ -220,6 +220,7 @@ SURFACE = {
         "--foreground",
         "--json",
         "--max-lora-rank",
+        "--metrics",
         "--replicas",
         "--state-dir",
         "--timeout-s",

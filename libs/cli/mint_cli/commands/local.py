@@ -45,6 +45,7 @@ def up(
     dtype: Annotated[Dtype, typer.Option(help="Compute type of the base.")] = Dtype.FLOAT32,
     max_lora_rank: Annotated[int, typer.Option(min=1, max=512, help="Highest rank that the engine serves.")] = 16,
     replicas: Annotated[int, typer.Option(min=1, max=8, help="Engines, each with its own loader.")] = 1,
+    metrics: Annotated[bool, typer.Option("--metrics", help="An endpoint for Prometheus in each service.")] = False,
     foreground: Annotated[bool, typer.Option("--foreground", help="Stay, until Ctrl-C stops everything.")] = False,
     timeout_s: Annotated[float, typer.Option(min=1, help="How long the start may take, in seconds.")] = 600.0,
     state_path: StateDirOption = None,
@@ -60,7 +61,7 @@ def up(
         return
     progress = progress_console()
     model = fetch_model(base, notify=lambda text: progress.print(text))
-    options = UpOptions(dtype.value, max_lora_rank, replicas)
+    options = UpOptions(dtype.value, max_lora_rank, replicas, metrics)
     if foreground:
         _supervise(state, model, options, timeout_s)
         return
@@ -97,8 +98,10 @@ def status(state_path: StateDirOption = None, json_output: JsonOption = False) -
     elif services:
         for service in services:
             service["healthy"] = "yes" if service["healthy"] else "no"
-        rows = [[service[key] for key in ("name", "address", "healthy", "pid", "num_restarts")] for service in services]
-        print_table(["NAME", "ADDRESS", "HEALTHY", "PID", "RESTARTS"], rows)
+        columns = {"name": "NAME", "address": "ADDRESS", "healthy": "HEALTHY", "pid": "PID", "num_restarts": "RESTARTS"}
+        if any(service["metrics_address"] for service in services):
+            columns["metrics_address"] = "METRICS"
+        print_table(list(columns.values()), [[service[key] for key in columns] for service in services])
     else:
         print(f"MinT is not up in {state.path}")
 
@@ -112,6 +115,7 @@ async def _described(snapshot: Snapshot) -> list[dict[str, Any]]:
             "healthy": well,
             "pid": service.pid,
             "num_restarts": service.num_restarts,
+            "metrics_address": service.metrics_address,
         }
         for service, well in zip(snapshot.services, healthy, strict=True)
     ]
@@ -164,6 +168,7 @@ def _detach(state: StateDir, model: LocalModel, options: UpOptions, timeout_s: f
                 *("--dtype", options.dtype),
                 *("--max-lora-rank", str(options.max_lora_rank)),
                 *("--replicas", str(options.replicas)),
+                *(("--metrics",) if options.metrics else ()),
                 *("--timeout-s", str(timeout_s)),
             ],
             stdin=subprocess.DEVNULL,
