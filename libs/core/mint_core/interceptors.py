@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import grpc
@@ -18,9 +20,12 @@ from mint_core.calls import ANONYMOUS, PRINCIPAL_KEY, inbound_call
 from mint_core.log import get_logger
 from mint_core.status import grpc_status
 
-__all__ = ["Methods"]
+__all__ = ["AroundCall", "Methods"]
 
 _log = get_logger(__name__)
+
+AroundCall = Callable[[grpc.aio.ServicerContext], AbstractContextManager[object]]
+"""Entered at a call's arrival and left at its end, by the error that ended it if one did; its status is then set."""
 
 
 class Methods(grpc.GenericRpcHandler):
@@ -34,14 +39,16 @@ class Methods(grpc.GenericRpcHandler):
     all of them whenever one is called: with the catalog's sixty that costs as much as serving the call.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, around: Callable[[str, grpc.RpcMethodHandler], AroundCall] | None = None) -> None:
+        """``around`` makes, for each method, what its calls are to be inside of as well."""
+        self._around = around
         self._handlers: dict[str, grpc.RpcMethodHandler] = {}
 
     def add_registered_method_handlers(self, service_name: str, handlers: Mapping[str, grpc.RpcMethodHandler]) -> None:
         """Called by generated code, with all methods of a service."""
         for name, handler in handlers.items():
             method = f"/{service_name}/{name}"
-            self._handlers[method] = _wrapped(method, handler)
+            self._handlers[method] = self._wrapped(method, handler)
 
     def add_generic_rpc_handlers(self, handlers: Sequence[grpc.GenericRpcHandler]) -> None:
         """Called by generated code as well, with the same methods; :meth:`add_registered_method_handlers` took them."""
@@ -49,34 +56,42 @@ class Methods(grpc.GenericRpcHandler):
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
         return self._handlers.get(handler_call_details.method)
 
-
-def _wrapped(method: str, handler: grpc.RpcMethodHandler) -> grpc.RpcMethodHandler:
-    if method.startswith("/grpc."):  # health and reflection have their own manners
-        return handler
-    if handler.response_streaming:
-        make = (
-            grpc.stream_stream_rpc_method_handler if handler.request_streaming else grpc.unary_stream_rpc_method_handler
+    def _wrapped(self, method: str, handler: grpc.RpcMethodHandler) -> grpc.RpcMethodHandler:
+        if method.startswith("/grpc."):  # health and reflection have their own manners
+            return handler
+        enter: AroundCall = functools.partial(_inbound, method.removeprefix("/"))
+        if self._around is not None:
+            enter = _inside(enter, self._around(method, handler))
+        kind = "_".join(
+            "stream" if each else "unary" for each in (handler.request_streaming, handler.response_streaming)
         )
-        inner = handler.stream_stream if handler.request_streaming else handler.unary_stream
-        return make(_streaming(method, inner), handler.request_deserializer, handler.response_serializer)
-    make = grpc.stream_unary_rpc_method_handler if handler.request_streaming else grpc.unary_unary_rpc_method_handler
-    inner = handler.stream_unary if handler.request_streaming else handler.unary_unary
-    return make(_unary(method, inner), handler.request_deserializer, handler.response_serializer)
+        wrap = _streaming if handler.response_streaming else _unary
+        make = getattr(grpc, f"{kind}_rpc_method_handler")
+        return make(
+            wrap(method, getattr(handler, kind), enter), handler.request_deserializer, handler.response_serializer
+        )
 
 
-def _inbound(method: str, context: grpc.aio.ServicerContext) -> inbound_call:
+def _inbound(name: str, context: grpc.aio.ServicerContext) -> inbound_call:
     caller = ANONYMOUS
     for key, value in context.invocation_metadata() or ():
         if key == PRINCIPAL_KEY:
             caller = str(value)
-    return inbound_call(caller, context.time_remaining(), method)
+    return inbound_call(caller, context.time_remaining(), name)
 
 
-def _unary(method: str, inner: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
-    name = method.removeprefix("/")
+def _inside(outer: AroundCall, inner: AroundCall) -> AroundCall:
+    @contextlib.contextmanager
+    def enter(context: grpc.aio.ServicerContext) -> Iterator[None]:
+        with outer(context), inner(context):
+            yield
 
+    return enter
+
+
+def _unary(method: str, inner: Callable[..., Awaitable[Any]], enter: AroundCall) -> Callable[..., Awaitable[Any]]:
     async def call(request: Any, context: grpc.aio.ServicerContext) -> Any:
-        with _inbound(name, context):
+        with enter(context):
             try:
                 return await inner(request, context)
             except Exception as error:  # noqa: BLE001 - the border: whatever it is, the client gets a status
@@ -85,11 +100,11 @@ def _unary(method: str, inner: Callable[..., Awaitable[Any]]) -> Callable[..., A
     return call
 
 
-def _streaming(method: str, inner: Callable[..., AsyncIterator[Any]]) -> Callable[..., AsyncIterator[Any]]:
-    name = method.removeprefix("/")
-
+def _streaming(
+    method: str, inner: Callable[..., AsyncIterator[Any]], enter: AroundCall
+) -> Callable[..., AsyncIterator[Any]]:
     async def call(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
-        with _inbound(name, context):
+        with enter(context):
             try:
                 async with contextlib.aclosing(inner(request, context)) as responses:  # type: ignore[type-var]
                     async for response in responses:

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import grpc
 
+from mint_core import clock
 from mint_core.errors import FailedPrecondition, InvalidArgument
+from mint_core.interceptors import AroundCall
 from mint_core.log import get_logger
 
 if TYPE_CHECKING:
@@ -29,10 +30,13 @@ _log = get_logger(__name__)
 _READ_TIMEOUT_S = 5.0
 """Longest wait of a scrape for the service's figures; Prometheus gives up after ten seconds by default."""
 _BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
-_CODES: dict[Any, str] = {code.value[0]: code.name for code in grpc.StatusCode} | {
-    code: code.name for code in grpc.StatusCode
+_KINDS = {
+    (False, False): "unary",
+    (True, False): "client_stream",
+    (False, True): "server_stream",
+    (True, True): "bidi_stream",
 }
-"""Names by number too: a context of ``grpc.aio`` says either."""
+"""go-grpc-prometheus' words, by whether requests and responses stream."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,9 +98,26 @@ class MetricsEndpoint:
             registry=self._registry,
         )
 
-    def interceptors(self) -> list[grpc.aio.ServerInterceptor]:
-        """For each ``grpc.aio`` server of the process."""
-        return [_Calls(self._note)]
+    def around(self, method: str, handler: grpc.RpcMethodHandler) -> AroundCall:
+        """Counts and times the calls of one method, for :class:`mint_core.interceptors.Methods`."""
+        service, _, name = method.removeprefix("/").partition("/")
+        labels = (_KINDS[handler.request_streaming, handler.response_streaming], service, name)
+        seconds = self._seconds.labels(*labels)
+
+        @contextlib.contextmanager
+        def counted(context: grpc.aio.ServicerContext) -> Iterator[None]:
+            started_s, given_up = clock.monotonic_s(), False
+            try:
+                yield
+            except (asyncio.CancelledError, GeneratorExit):
+                given_up = True
+                raise
+            finally:
+                code = grpc.StatusCode.CANCELLED if given_up else context.code() or grpc.StatusCode.OK
+                self._handled.labels(*labels, code.name).inc()
+                seconds.observe(clock.monotonic_s() - started_s)
+
+        return counted
 
     @contextlib.asynccontextmanager
     async def listening(self, figures: Figures | None) -> AsyncIterator[str]:
@@ -111,7 +132,7 @@ class MetricsEndpoint:
         if figures is not None:
             self._registry.register(_Read(figures, asyncio.get_running_loop()))
         try:
-            server, thread = start_http_server(self._port, self._host, registry=self._registry)
+            server, thread = start_http_server(self._port, self._host.strip("[]"), registry=self._registry)
         except OSError as error:
             raise FailedPrecondition(
                 f"telemetry.metrics_listen is '{self._host}:{self._port}': cannot listen there: {error.strerror}; "
@@ -122,11 +143,6 @@ class MetricsEndpoint:
         finally:
             # In a thread, for it waits for the server's, which may be reading figures on this loop.
             await asyncio.to_thread(_shut, server, thread)
-
-    def _note(self, kind: str, method: str, code: str, seconds: float) -> None:
-        service, _, name = method.removeprefix("/").partition("/")
-        self._handled.labels(kind, service, name, code).inc()
-        self._seconds.labels(kind, service, name).observe(seconds)
 
 
 class _Read:
@@ -164,71 +180,6 @@ class _Read:
             raise
 
 
-class _Calls(grpc.aio.ServerInterceptor):
-    """Notes how each call ended and how long it took; health and reflection are left out."""
-
-    def __init__(self, note: Callable[[str, str, str, float], None]) -> None:
-        self._note = note
-        self._handlers: dict[str, grpc.RpcMethodHandler] = {}
-
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler | None]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler | None:
-        method = handler_call_details.method
-        if method in self._handlers:
-            return self._handlers[method]
-        handler = await continuation(handler_call_details)
-        # Of an unknown method there is no handler, so what a caller makes up never becomes a label.
-        if handler is None or method.startswith("/grpc."):
-            return handler
-        self._handlers[method] = self._wrapped(method, handler)
-        return self._handlers[method]
-
-    def _wrapped(self, method: str, handler: grpc.RpcMethodHandler) -> grpc.RpcMethodHandler:
-        kind = {
-            (False, False): "unary",
-            (True, False): "client_stream",
-            (False, True): "server_stream",
-            (True, True): "bidi_stream",
-        }[handler.request_streaming, handler.response_streaming]
-        attribute = "_".join(
-            "stream" if streams else "unary" for streams in (handler.request_streaming, handler.response_streaming)
-        )
-        inner = getattr(handler, attribute)
-
-        @contextlib.contextmanager
-        def noted(context: grpc.aio.ServicerContext) -> Iterator[None]:
-            started_s, code = time.perf_counter(), "UNKNOWN"
-            try:
-                yield
-                code = _CODES.get(context.code() or 0, code)
-            except (asyncio.CancelledError, GeneratorExit):
-                code = "CANCELLED"
-                raise
-            except BaseException:
-                code = _CODES.get(context.code() or grpc.StatusCode.UNKNOWN, code)
-                raise
-            finally:
-                self._note(kind, method, code, time.perf_counter() - started_s)
-
-        async def answer(request: Any, context: grpc.aio.ServicerContext) -> Any:
-            with noted(context):
-                return await inner(request, context)
-
-        async def stream(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
-            with noted(context):
-                async with contextlib.aclosing(inner(request, context)) as responses:
-                    async for response in responses:
-                        yield response
-
-        make = getattr(grpc, f"{attribute}_rpc_method_handler")
-        return make(
-            stream if handler.response_streaming else answer, handler.request_deserializer, handler.response_serializer
-        )
-
-
 def _host_and_port(address: str) -> tuple[str, int]:
     host, colon, port = address.rpartition(":")
     if not (host and colon and port.isdecimal() and int(port) < 65536):
@@ -236,7 +187,7 @@ def _host_and_port(address: str) -> tuple[str, int]:
             f"telemetry.metrics_listen is {address!r}: expected host:port, e.g. 127.0.0.1:9464",
             field="telemetry.metrics_listen",
         )
-    return host.removeprefix("[").removesuffix("]"), int(port)
+    return host, int(port)
 
 
 def _shut(server: Any, thread: Any) -> None:

@@ -70,7 +70,7 @@ class _Endpoint:
         self, address: str, bindings: Sequence[Binding], settings: ServiceSettings, metrics: MetricsEndpoint | None
     ) -> None:
         self._server = grpc.aio.server(
-            interceptors=[*telemetry.server_interceptors(), *(metrics.interceptors() if metrics else ())],
+            interceptors=telemetry.server_interceptors(),
             options=[
                 ("grpc.max_receive_message_length", settings.max_message_bytes),
                 ("grpc.max_send_message_length", settings.max_message_bytes),
@@ -80,7 +80,7 @@ class _Endpoint:
             ],
         )
         self._health = health.aio.HealthServicer()
-        methods = Methods()
+        methods = Methods(metrics.around if metrics else None)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, methods)
         self._names = [binding.service_name for binding in bindings]
         for binding in bindings:
