@@ -12,13 +12,15 @@ from typing import Any
 import pytest
 from unit.catalog.catalog_lab import TENANT, Lab, digest_of, rollout
 from unit.catalog.garbage_lab import GarbageLab
+from unit.catalog.memory_store import MemoryStore
 
 import mint_catalog.model.keys
 from mint_catalog.model.keys import TENANT_PART
 from mint_catalog.model.records import BlobState
 from mint_catalog.model.run_records import RunState
 from mint_catalog.storage.changes import Changes
-from mint_catalog.storage.store import Put, prefix_end
+from mint_catalog.storage.duty import Duty
+from mint_catalog.storage.store import Compare, Operation, Put, TxnResult, prefix_end
 from mint_catalog.upkeep.backup import (
     Backup,
     BackupHeader,
@@ -228,6 +230,59 @@ async def test_a_caller_that_goes_away_leaves_nothing() -> None:
     restoring.cancel()
     with pytest.raises(asyncio.CancelledError):
         await restoring
+    assert await _all(other) == {}
+
+
+class _LateStore(MemoryStore):
+    """Its writes of records are under way until ``arrived`` is called, also when their caller has gone away."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent = asyncio.Event()
+        self._arrive = asyncio.Event()
+        self._under_way: list[asyncio.Task[TxnResult]] = []
+
+    async def txn(self, compares: Sequence[Compare], operations: Sequence[Operation]) -> TxnResult:
+        if not any(isinstance(operation, Put) and b"/policies/" in operation.key for operation in operations):
+            return await super().txn(compares, operations)
+        writing = asyncio.create_task(self._write_late(compares, operations))
+        self._under_way.append(writing)
+        self.sent.set()
+        return await asyncio.shield(writing)
+
+    async def _write_late(self, compares: Sequence[Compare], operations: Sequence[Operation]) -> TxnResult:
+        await self._arrive.wait()
+        return await super().txn(compares, operations)
+
+    async def arrived(self) -> list[TxnResult]:
+        self._arrive.set()
+        return await asyncio.gather(*self._under_way)
+
+
+async def test_a_write_that_arrives_after_it_was_taken_back_is_not_applied(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts, other = await _parts(await _filled()), GarbageLab(store=(store := _LateStore()))
+    taken_back = asyncio.Event()
+    let_go = asyncio.Event()
+    finish = Restore._finish
+
+    async def finish_slowly(self: Restore, duty: Duty) -> None:
+        taken_back.set()  # the duty is still held, so that it alone would let the write pass
+        await let_go.wait()
+        await finish(self, duty)
+
+    async def broken_off() -> AsyncIterator[BackupPart]:
+        for part in parts[:-1]:
+            yield part
+        await store.sent.wait()
+
+    monkeypatch.setattr(Restore, "_finish", finish_slowly)
+    restoring = asyncio.create_task(_restore(other).restore(broken_off()))
+    await asyncio.wait_for(taken_back.wait(), 10)
+    late = await store.arrived()
+    let_go.set()
+    with pytest.raises(DataLoss, match="early end"):
+        await restoring
+    assert [result.succeeded for result in late] == [False]
     assert await _all(other) == {}
 
 

@@ -4,6 +4,9 @@ While it is under way the key ``restoring`` is there. A restore that fails takes
 was killed is taken back by the next one, which finds the key. The catalog must not be used before the restore has
 answered: what workers act on is written last, and garbage is not collected meanwhile.
 
+The key's mod-revision is the fence of one attempt: every write compares it, and taking back begins with writing the
+key again. For a write that was cancelled, or whose outcome is unknown, may reach etcd after the deletes: it fails then.
+
 Revision numbers, uids and digests are those of the backup. Etags, catalog revisions and fences are new: a token or a
 watch of a client from before is refused or begins anew.
 """
@@ -22,7 +25,7 @@ from mint_catalog.fleet.work import FLEET_DUTY
 from mint_catalog.model.keys import FLEETING_FAMILIES
 from mint_catalog.model.tables import Tables
 from mint_catalog.storage.duty import Duties, Duty
-from mint_catalog.storage.store import Delete, Operation, Put, Store, prefix_end
+from mint_catalog.storage.store import Compare, Delete, Field, Operation, Put, Store, prefix_end
 from mint_catalog.storage.walk import clear, walk
 from mint_catalog.upkeep.backup import (
     FORMAT,
@@ -38,7 +41,7 @@ from mint_catalog.upkeep.garbage import DUTY as GARBAGE_DUTY
 from mint_catalog.upkeep.missing import MissingBlobs, stage_missing
 from mint_core import calls
 from mint_core.clock import wall_s
-from mint_core.errors import DataLoss, InvalidArgument, MintError, Unavailable, WrongState
+from mint_core.errors import DataLoss, InvalidArgument, LeaseLost, MintError, Unavailable, WrongState
 from mint_core.log import get_logger
 
 __all__ = ["Restore", "RestoreReport"]
@@ -93,7 +96,8 @@ class Restore:
             await _check_header(parts)
             await self._prepare(duty)
             try:
-                num_records = await _Writing(self._store, self._keys.prefix, duty).write(parts)
+                fence = await self._mark(duty)
+                num_records = await _Writing(self._store, self._keys.prefix, duty, fence).write(parts)
                 missing = await stage_missing(self._store, self._tables, self._objects)
             except BaseException:  # also when the caller went away: half a catalog must not stay
                 # The stream's own end and the end of the call may both cancel; neither must stop this.
@@ -108,15 +112,24 @@ class Restore:
         return RestoreReport(num_records, missing)
 
     async def _prepare(self, duty: Duty) -> None:
-        marker = self._keys.restoring
-        if (await self._store.get([marker])).values[0] is not None:
+        if (await self._store.get([self._keys.restoring])).values[0] is not None:
             _logger.warning("taking back a restore that was not finished")
             await self._clear(duty)
         else:
             await self._check_empty()
-        put = Put(marker, str(int(wall_s())).encode())
-        if not (await self._store.txn([duty.compare], [put])).succeeded:
-            raise duty.lost()
+
+    async def _mark(self, duty: Duty) -> Compare:
+        """Write the marker; from now on no write with an earlier fence is applied. The new fence."""
+        marker = self._keys.restoring
+        while True:
+            known, holder = (await self._store.get([marker, duty.key])).values
+            if holder is None or holder.create_revision != duty.token:
+                raise duty.lost()
+            # Compared, so that of several attempts whose outcome is unknown none is applied after another.
+            before = Compare(marker, Field.MOD, known.mod_revision if known else 0)
+            result = await self._store.txn([duty.compare, before], [Put(marker, str(int(wall_s())).encode())])
+            if result.succeeded:
+                return Compare(marker, Field.MOD, result.revision)
 
     async def _check_empty(self) -> None:
         prefix = self._keys.prefix
@@ -133,8 +146,11 @@ class Restore:
     async def _take_back(self, duty: Duty) -> None:
         for attempt in range(_NUM_ATTEMPTS):
             try:
+                await self._mark(duty)
                 await self._clear(duty)
                 await self._finish(duty)
+            except LeaseLost:
+                break
             except MintError:
                 await asyncio.sleep(_FIRST_BACKOFF_S * 2**attempt)
             else:
@@ -164,10 +180,11 @@ class Restore:
 class _Writing:
     """Checks records and writes them, some transactions at a time."""
 
-    def __init__(self, store: Store, prefix: bytes, duty: Duty) -> None:
+    def __init__(self, store: Store, prefix: bytes, duty: Duty, fence: Compare) -> None:
         self._store = store
         self._prefix = prefix
         self._duty = duty
+        self._compares = (duty.compare, fence)
         self._digest = RecordDigest()
         self._last = (False, b"")
         self._slots = asyncio.Semaphore(_NUM_IN_FLIGHT)
@@ -227,7 +244,7 @@ class _Writing:
         # Written again after an unknown outcome: the same bytes under the same keys.
         for attempt in range(_NUM_ATTEMPTS):
             try:
-                result = await self._store.txn([self._duty.compare], puts)
+                result = await self._store.txn(self._compares, puts)
             except Unavailable:
                 if attempt == _NUM_ATTEMPTS - 1:
                     raise
